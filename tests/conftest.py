@@ -1,0 +1,50 @@
+"""What every test may ask for: a scripted upstream, and the real server as a process in front of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+
+from tests.sluice_process import SluiceProcess
+from tests.upstream_sim import ScriptedUpstream
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[ScriptedUpstream]:
+    """An OpenAI-compatible endpoint whose every byte the test decides."""
+    async with ScriptedUpstream() as scripted:
+        yield scripted
+
+
+Launch = Callable[..., Awaitable[SluiceProcess]]
+
+
+@pytest.fixture
+async def launch() -> AsyncIterator[Launch]:
+    """``await launch(LLM_BASE_URL=…, SLUICE_…=…)`` starts ``run.py`` on a free port; killed when the test ends."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(*arguments: str, **environment: str) -> SluiceProcess:
+            return await stack.enter_async_context(SluiceProcess(environment, *arguments))
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def need() -> Callable[[str], str]:
+    """``need("nginx")`` gives the path of a real program, or skips the test by its name (fails with REQUIRE_ALL=1)."""
+
+    def find(program: str) -> str:
+        path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+        if path is None:
+            reason = f"{program} is not installed"
+            if os.environ.get("REQUIRE_ALL") == "1":
+                pytest.fail(f"{reason}, and REQUIRE_ALL=1 allows no skip")
+            pytest.skip(reason)
+        return path
+
+    return find
