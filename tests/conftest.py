@@ -9,6 +9,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
+from server.main import Serving, open_server
+from server.relay.desk import Desk
+from server.settings import read_settings
+from server.sockets import bind_public, url_of
 from tests.sluice_process import SluiceProcess
 from tests.upstream_sim import ScriptedUpstream
 
@@ -18,6 +22,39 @@ async def upstream() -> AsyncIterator[ScriptedUpstream]:
     """An OpenAI-compatible endpoint whose every byte the test decides."""
     async with ScriptedUpstream() as scripted:
         yield scripted
+
+
+class InProcess:
+    """A server in the test's own process: ``url`` to talk to it, ``desk`` to see what it does."""
+
+    def __init__(self, serving: Serving, url: str) -> None:
+        self.serving = serving
+        self.url = url
+
+    @property
+    def desk(self) -> Desk:
+        return self.serving.desk
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+
+Serve = Callable[..., Awaitable[InProcess]]
+
+
+@pytest.fixture
+async def serve(upstream: ScriptedUpstream) -> AsyncIterator[Serve]:
+    """``await serve(SLUICE_…=…)`` opens the server before ``upstream``, on a real socket, as ``server.main`` does."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(**environment: str) -> InProcess:
+            settings = read_settings({"LLM_BASE_URL": upstream.base_url, "SLUICE_PORT": "0"} | environment)
+            listener = bind_public(settings, {})
+            stack.callback(listener.close)
+            return InProcess(await stack.enter_async_context(open_server(settings, listener)), url_of(listener))
+
+        yield start
 
 
 Launch = Callable[..., Awaitable[SluiceProcess]]

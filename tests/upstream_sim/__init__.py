@@ -60,7 +60,7 @@ class Call:
         await self._connection.drained.wait()
 
     async def head(self, status: int = 200, content_type: str | None = "text/event-stream", **headers: str) -> None:
-        """Send a status line and headers (``Retry_After="1"``); chunked unless a Content_Length or Connection is given."""
+        """Send the head, headers as ``Retry_After="1"``; chunked unless Content_Length or Connection is given."""
         lines = [f"HTTP/1.1 {status} Scripted"]
         if content_type is not None:
             lines.append(f"Content-Type: {content_type}")
@@ -102,7 +102,9 @@ class Call:
 
     async def refuse(self, status: int, error: Any = None, **headers: str) -> None:
         """Answer with an error object, as OpenAI does."""
-        body = json.dumps({"error": error or {"message": "scripted", "type": "x", "param": None, "code": None}}).encode()
+        body = json.dumps(
+            {"error": error or {"message": "scripted", "type": "x", "param": None, "code": None}}
+        ).encode()
         await self.head(status, "application/json", Content_Length=str(len(body)), **headers)
         await self.send(body)
 
@@ -131,7 +133,11 @@ Script = Callable[[Call], Awaitable[None]]
 
 
 def answer(
-    tokens: Iterable[str] = ("Hel", "lo"), *, gap: float = 0.0, finish: str = "stop", usage: tuple[int, int] | None = (3, 2)
+    tokens: Iterable[str] = ("Hel", "lo"),
+    *,
+    gap: float = 0.0,
+    finish: str = "stop",
+    usage: tuple[int, int] | None = (3, 2),
 ) -> Script:
     """A well-behaved answer: a role-only delta, the tokens ``gap`` seconds apart, finish_reason, usage, ``[DONE]``."""
     texts = list(tokens)
@@ -174,7 +180,10 @@ class _Connection(asyncio.Protocol):
         if not separator:
             return
         request_line, *lines = head.decode("latin-1").split("\r\n")
-        headers = CIMultiDict(line.split(": ", 1) for line in lines)
+        headers: CIMultiDict[str] = CIMultiDict()
+        for line in lines:
+            name, _, value = line.partition(": ")
+            headers.add(name, value)
         length = int(headers.get("Content-Length", "0"))
         if len(rest) < length:
             return
@@ -208,6 +217,7 @@ class ScriptedUpstream:
         self.calls: list[Call] = []
         self.connections = 0  # accepted so far
         self.open_connections: set[_Connection] = set()
+        self._arrival = asyncio.Event()  # set at the next call, then replaced
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self.port = 0
@@ -238,6 +248,8 @@ class ScriptedUpstream:
     def answer(self, call: Call) -> None:
         """Hand an arrived request to the script, in a task of its own."""
         self.calls.append(call)
+        self._arrival.set()
+        self._arrival = asyncio.Event()
         task = asyncio.create_task(self._run(call))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -252,5 +264,5 @@ class ScriptedUpstream:
     async def called(self, count: int = 1) -> Call:
         """Wait until ``count`` requests have arrived and return the last of them."""
         while len(self.calls) < count:
-            await asyncio.sleep(0.002)
+            await self._arrival.wait()
         return self.calls[count - 1]

@@ -1,0 +1,1 @@
+"""HTTP faces: routes, middleware, and where an error becomes a response."""

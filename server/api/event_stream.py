@@ -1,0 +1,78 @@
+"""A viewer's connection over HTTP: the response written and drained by hand."""
+
+from __future__ import annotations
+
+import fcntl
+import struct
+import termios
+from typing import Final
+
+from aiohttp import web
+from multidict import CIMultiDict
+
+from server.relay.answer import Answer
+from server.relay.desk import Desk
+
+__all__ = ["show"]
+
+_HEADERS: Final = CIMultiDict(
+    {
+        "Content-Type": "text/event-stream; charset=utf-8",
+        "Cache-Control": "no-cache, no-transform",  # no-transform: a proxy that compresses would hold tokens back
+        "X-Accel-Buffering": "no",  # nginx then buffers nothing, whatever its configuration says
+    }
+)
+
+
+async def show(request: web.Request, desk: Desk, answer: Answer) -> web.StreamResponse:
+    """Stream ``answer`` to the client until its end, or until the client leaves."""
+    response = web.StreamResponse(headers=_HEADERS)
+    if request.version >= (1, 1):
+        response.headers["Connection"] = "keep-alive"
+    connection = _ResponseConnection(request, response)
+    with desk.viewing(answer, connection) as viewer:
+        try:
+            # 200 goes out before the upstream has answered: a slow first token is no failure.
+            await response.prepare(request)
+            await viewer.follow()
+        except ConnectionError:
+            # The client has gone, perhaps with bytes untaken: without abort the transport would hold them for as long
+            # as the peer likes. Nothing is written from here on, not even the last chunk.
+            connection.abort()
+    return response
+
+
+class _ResponseConnection:
+    """The ``Connection`` of server/relay/viewer.py over an aiohttp response."""
+
+    def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
+        self._request = request
+        self._response = response
+
+    async def write(self, data: bytes) -> None:
+        await self._response.write(data)
+
+    async def finish(self) -> None:
+        await self._response.write_eof()
+
+    def untaken_bytes(self) -> int:
+        transport = self._request.transport
+        if transport is None or (sock := transport.get_extra_info("socket")) is None:
+            return 0
+        return transport.get_write_buffer_size() + _send_queue_bytes(sock.fileno())
+
+    def abort(self) -> None:
+        if self._request.transport is not None:
+            self._request.transport.abort()
+
+
+def _send_queue_bytes(descriptor: int) -> int:
+    """Bytes in the kernel's send queue that the peer has not acknowledged (SIOCOUTQ, tcp(7) and unix(7)).
+
+    Without it a slow reader looks like a dead one: our own buffer moves only when a third of the kernel's is free.
+    """
+    try:
+        answer = fcntl.ioctl(descriptor, termios.TIOCOUTQ, b"\0\0\0\0")
+    except (OSError, ValueError):  # closed meanwhile
+        return 0
+    return int(struct.unpack("i", answer)[0])

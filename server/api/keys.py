@@ -1,0 +1,24 @@
+"""What the application and a request carry, by typed key."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from aiohttp import web
+
+from server.connections import Connections
+from server.relay.admission import Allowance, TokenBuckets
+from server.relay.desk import Desk
+from server.settings import Settings
+
+__all__ = ["ALLOWANCE", "BUCKETS", "CLIENT", "CONNECTIONS", "DESK", "REQUEST_ID", "SENT_STATUS", "SETTINGS"]
+
+SETTINGS: Final = web.AppKey("settings", Settings)
+CONNECTIONS: Final = web.AppKey("connections", Connections)
+DESK: Final = web.AppKey("desk", Desk)
+BUCKETS: Final = web.AppKey("buckets", TokenBuckets)  # absent where limits are off
+
+REQUEST_ID: Final = web.RequestKey("request_id", str)
+CLIENT: Final = web.RequestKey("client", str)  # whom limits count for
+ALLOWANCE: Final = web.RequestKey("allowance", Allowance)  # what the client's bucket said
+SENT_STATUS: Final = web.RequestKey("sent_status", int)  # set once the response's head is on its way

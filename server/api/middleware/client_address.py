@@ -1,0 +1,92 @@
+"""Who the client is: the peer, or whom a trusted proxy names."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import Final
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from server.api.keys import CLIENT, SETTINGS
+from server.settings import TrustedProxies
+
+__all__ = ["client_of", "find_client", "from_trusted_proxy"]
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+UNIX: Final = "unix"  # every peer on a Unix socket
+
+# Some proxies write the client's port too: 203.0.113.7:41000, [2001:db8::1]:41000
+_WITH_PORT: Final = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5}")
+
+
+@web.middleware
+async def find_client(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Note whom the limits count for."""
+    trusted = request.app[SETTINGS].trusted_proxies
+    request[CLIENT] = client_of(
+        peer_of(request),
+        request.headers.getall("X-Forwarded-For", []),
+        request.headers.get("X-Real-IP"),
+        trusted,
+    )
+    return await handler(request)
+
+
+def from_trusted_proxy(request: web.Request) -> bool:
+    """Whether the peer is one whose X-Forwarded headers count."""
+    return _is_trusted(peer_of(request), request.app[SETTINGS].trusted_proxies)
+
+
+def peer_of(request: web.Request) -> str:
+    """The address at the other end of the socket; ``unix`` for a Unix socket."""
+    peer = request.get_extra_info("peername")
+    return str(peer[0]) if isinstance(peer, tuple) else UNIX
+
+
+def client_of(peer: str, forwarded_for: list[str], real_ip: str | None, trusted: TrustedProxies) -> str:
+    """The client as limits name it: an IPv4 address, an IPv6 /64, or ``unix``.
+
+    Behind a trusted peer it is the right-most untrusted address of X-Forwarded-For (the left-most one where all are
+    trusted), or X-Real-IP where there is none; garbage there counts as the proxy itself.
+    """
+    if not _is_trusted(peer, trusted):
+        return _name(_parse(peer)) or peer
+    named: Address | None = None
+    hops = [hop.strip() for line in forwarded_for for hop in line.split(",")]
+    if hops:
+        for hop in reversed(hops):
+            named = _parse(hop)
+            if named is None or named not in trusted:
+                break
+    elif real_ip is not None:
+        named = _parse(real_ip.strip())
+    return _name(named) or _name(_parse(peer)) or peer
+
+
+def _is_trusted(peer: str, trusted: TrustedProxies) -> bool:
+    if peer == UNIX:
+        return trusted.unix
+    address = _parse(peer)
+    return address is not None and address in trusted
+
+
+def _parse(text: str) -> Address | None:
+    if match := _WITH_PORT.fullmatch(text):
+        text = match[1] or match[2]
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    return address
+
+
+def _name(address: Address | None) -> str | None:
+    """One IPv6 customer has a whole /64: by single address a client would have 2^64 buckets."""
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return None if address is None else str(address)

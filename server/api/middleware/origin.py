@@ -1,0 +1,69 @@
+"""Which pages may ask. aiohttp-cors writes the headers; what it leaves open is decided here, before anything is spent.
+
+aiohttp-cors runs the handler for an origin that is not allowed and only withholds the headers: the page could not read
+the answer, but it would have been paid for.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from yarl import URL
+
+from server.api.keys import SETTINGS
+from server.api.middleware.client_address import from_trusted_proxy
+from server.errors import MethodNotAllowed, OriginNotAllowed
+
+__all__ = ["API_PREFIXES", "check_origin", "is_api"]
+
+API_PREFIXES: Final = ("/api/", "/v1/")
+
+
+def is_api(request: web.Request) -> bool:
+    return request.path.startswith(API_PREFIXES)
+
+
+@web.middleware
+async def check_origin(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse a page of an origin that is neither ours nor listed (contract, section 3: 403)."""
+    if is_api(request):
+        if not _may_ask(request):
+            raise OriginNotAllowed
+        if request.method == "OPTIONS" and not _is_preflight(request):
+            raise MethodNotAllowed("OPTIONS", allowed_methods(request))
+    return await handler(request)
+
+
+def allowed_methods(request: web.Request) -> frozenset[str]:
+    """The methods that the resource under the request's path has."""
+    resource = request.match_info.route.resource
+    return frozenset(route.method for route in resource or () if route.method != "*")
+
+
+def _may_ask(request: web.Request) -> bool:
+    allowed = request.app[SETTINGS].cors_origins
+    if "*" in allowed:
+        return True
+    origin = request.headers.get("Origin")
+    if origin is None:
+        # No Origin comes with a no-cors GET either (an <img> whose src is our stream), but then the browser says so.
+        return request.headers.get("Sec-Fetch-Site") not in {"cross-site", "same-site"}
+    return origin in allowed or origin == _own_origin(request)
+
+
+def _own_origin(request: web.Request) -> str | None:
+    """The origin of the page that we serve, as its browser writes it: without the scheme's default port."""
+    scheme = request.scheme
+    if from_trusted_proxy(request):
+        forwarded = request.headers.get("X-Forwarded-Proto", scheme).rpartition(",")[2].strip().lower()
+        scheme = forwarded if forwarded in {"http", "https"} else scheme
+    try:
+        return str(URL(f"{scheme}://{request.headers.get('Host', '').lower()}").origin())
+    except ValueError:
+        return None
+
+
+def _is_preflight(request: web.Request) -> bool:
+    return "Origin" in request.headers and "Access-Control-Request-Method" in request.headers

@@ -1,0 +1,41 @@
+"""One log line a request, whatever became of it. aiohttp's own would show the query string, and so the question."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from server.api.keys import CLIENT, REQUEST_ID, SENT_STATUS
+from server.logs import log_event
+
+__all__ = ["log_request"]
+
+_CLIENT_CLOSED_REQUEST = 499  # nginx's name for a client that left before the status line
+
+_log = logging.getLogger("sluice.request")
+
+
+@web.middleware
+async def log_request(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Log method, path, status, client and duration when the request is over, also when it was cancelled."""
+    began_at = time.monotonic()
+    status = None
+    try:
+        response = await handler(request)
+        status = response.status
+        return response
+    finally:
+        log_event(
+            _log,
+            logging.INFO,
+            "request",
+            method=request.method,
+            path=request.path[:200],
+            status=request.get(SENT_STATUS) or status or _CLIENT_CLOSED_REQUEST,
+            client=request.get(CLIENT),
+            request_id=request.get(REQUEST_ID),
+            duration_ms=round((time.monotonic() - began_at) * 1000),
+        )

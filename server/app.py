@@ -1,0 +1,120 @@
+"""The one place that knows every part: settings in, applications out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Final
+
+import aiohttp_cors
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from server.api.admin import add_admin_routes
+from server.api.browser import ask
+from server.api.keys import BUCKETS, CONNECTIONS, DESK, REQUEST_ID, SENT_STATUS, SETTINGS
+from server.api.middleware.client_address import find_client
+from server.api.middleware.errors import answer_errors
+from server.api.middleware.origin import allowed_methods, check_origin, is_api
+from server.api.middleware.rate_limit import limit_rate, rate_limit_headers
+from server.api.middleware.request_id import name_request
+from server.api.middleware.request_log import log_request
+from server.api.page import PublicFiles
+from server.connections import Connections
+from server.errors import MethodNotAllowed, NotFound
+from server.relay.admission import TokenBuckets
+from server.relay.desk import Desk
+from server.settings import Settings
+from server.upstream.client import Endpoint, UpstreamClient
+from server.upstream.route import UpstreamRoute
+
+__all__ = ["create_admin_app", "create_app"]
+
+_PUBLIC: Final = Path(__file__).resolve().parent.parent / "public"
+_MAX_BODY: Final = 1 << 20  # bytes of a request's body
+_EXPOSED: Final = ("RateLimit", "RateLimit-Policy", "Retry-After", "X-Request-ID", "Location")
+_PREFLIGHT_MAX_AGE: Final = 600  # s
+
+
+def create_app(settings: Settings, connections: Connections, *, demo: bool = False) -> web.Application:
+    """The public application. ``demo`` says that the endpoint is the embedded demo model, for the page to tell."""
+    app = web.Application(
+        # Outermost first. The log sees every outcome, errors become answers inside it, and nothing is spent before the
+        # origin is known to be welcome.
+        middlewares=[name_request, log_request, find_client, answer_errors, check_origin, limit_rate],
+        client_max_size=_MAX_BODY,
+    )
+    app[SETTINGS] = settings
+    app[CONNECTIONS] = connections
+    if settings.rate_limit is not None:
+        app[BUCKETS] = TokenBuckets(settings.rate_limit)
+    app.cleanup_ctx.append(_open_relay)
+    app.on_response_prepare.append(_stamp)
+    _add_api(app, settings)
+    PublicFiles(_PUBLIC, settings, demo=demo).add_routes(app)
+    return app
+
+
+def create_admin_app(desk: Desk) -> web.Application:
+    """The admin application: never for the public, so it needs none of the public one's guards."""
+    app = web.Application()
+    add_admin_routes(app, desk)
+    return app
+
+
+async def _open_relay(app: web.Application) -> AsyncIterator[None]:
+    """The upstream client and, inside it, the desk: answers are stopped before the session that they use closes."""
+    settings = app[SETTINGS]
+    async with UpstreamClient(connect_timeout=settings.connect_timeout) as client:
+        route = UpstreamRoute(
+            client,
+            Endpoint(settings.llm_base_url, settings.llm_model, settings.llm_api_key),
+            first_token_timeout=settings.first_token_timeout,
+            idle_timeout=settings.idle_timeout,
+            retries=settings.retries,
+        )
+        app[DESK] = Desk(route, settings)
+        yield
+        await app[DESK].close()
+
+
+def _add_api(app: web.Application, settings: Settings) -> None:
+    """The API's resources, each with preflights and with CORS headers on its refusals too."""
+    options = aiohttp_cors.ResourceOptions(  # type: ignore[no-untyped-call]
+        allow_credentials="*" not in settings.cors_origins,  # never both: that would be every site's login
+        expose_headers=_EXPOSED,
+        allow_headers=("Content-Type", "Last-Event-ID", "Authorization", "X-Request-ID"),
+        allow_methods=("GET",),
+        max_age=_PREFLIGHT_MAX_AGE,
+    )
+    cors = aiohttp_cors.setup(app, defaults=dict.fromkeys(settings.cors_origins, options))
+
+    def add(path: str, **handlers: Handler) -> None:
+        resource = app.router.add_resource(path)
+        # By add_route, not add_get: that would answer HEAD too, and run the handler for it.
+        for method, handler in handlers.items():
+            resource.add_route(method, handler)
+        cors.add(resource)
+        resource.add_route("*", _refuse_method if handlers else _refuse_path)
+
+    add("/api/stream", GET=ask)
+    add("/api/{path:.*}")  # so that a page of a listed origin can read even that there is nothing here
+
+
+async def _refuse_method(request: web.Request) -> web.StreamResponse:
+    raise MethodNotAllowed(request.method, allowed_methods(request))
+
+
+async def _refuse_path(request: web.Request) -> web.StreamResponse:
+    raise NotFound
+
+
+async def _stamp(request: web.Request, response: web.StreamResponse) -> None:
+    """The headers that every answer carries; called as its head is about to go out."""
+    request[SENT_STATUS] = response.status
+    response.headers["Server"] = "sluice"
+    response.headers["X-Request-ID"] = request[REQUEST_ID]
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    if is_api(request):
+        response.headers["Vary"] = "Origin"
+        response.headers.update(rate_limit_headers(request))

@@ -1,0 +1,73 @@
+"""The connections of a listener: how many there may be, and how long one may say nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final
+
+from aiohttp import web
+
+__all__ = ["Connections"]
+
+HEAD_TIMEOUT: Final = 15.0  # s for the first request's head; nginx gives 60 s, and it is what a slow-loris lives on
+_SWEEP: Final = 1.0  # s between two looks for those who are over it
+
+
+class Connections:
+    """Makes the protocol of each accepted connection; an async context manager.
+
+    aiohttp's keep-alive timeout is long, so that a proxy's idle connections live, and it is also its only limit on a
+    request head that comes a byte at a time. So a new connection gets its own, shorter one here: one sweep a second
+    over those that have not spoken, oldest first. Beyond ``most`` connections a new one is closed at once, since a
+    process out of file descriptors serves nobody.
+    """
+
+    def __init__(self, *, most: int, head_timeout: float = HEAD_TIMEOUT) -> None:
+        self._most = most
+        self._head_timeout = head_timeout
+        self._silent: dict[web.RequestHandler, float] = {}  # those that have not spoken yet, with their deadline
+
+    async def __aenter__(self) -> Connections:
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(_SWEEP, self._sweep)
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+
+    def factory(self, server: web.Server) -> Callable[[], asyncio.Protocol]:
+        """The protocol factory for ``loop.create_server``."""
+
+        def make() -> asyncio.Protocol:
+            if len(server.connections) >= self._most:
+                return _Refusal()
+            handler = server()
+            self._silent[handler] = self._loop.time() + self._head_timeout
+            return handler
+
+        return make
+
+    def spoke(self, handler: web.RequestHandler) -> None:
+        """A whole request head has come: aiohttp's keep-alive timeout takes over."""
+        self._silent.pop(handler, None)
+
+    def _sweep(self) -> None:
+        now = self._loop.time()
+        while self._silent:
+            handler, deadline = next(iter(self._silent.items()))
+            if deadline > now:
+                break
+            del self._silent[handler]
+            handler.force_close()
+        self._timer = self._loop.call_later(_SWEEP, self._sweep)
+
+
+class _Refusal(asyncio.Protocol):
+    """Closes the connection at once."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()

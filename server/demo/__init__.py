@@ -1,0 +1,1 @@
+"""The embedded demo model: an OpenAI-compatible server that answers out of the project's own documentation."""

@@ -1,0 +1,193 @@
+"""One tree of errors. Each has one code, one status, one retryable, and words of ours that show nothing of a peer's.
+
+RelayError
+├── Refused                  before admission: an HTTP status (server/api/middleware/errors.py)
+│   ├── InvalidRequest       400  missing_query, query_too_long, invalid_query
+│   ├── OriginNotAllowed     403
+│   ├── NotFound             404
+│   ├── MethodNotAllowed     405
+│   ├── RequestTimeout       408
+│   ├── BodyTooLarge         413
+│   ├── RateLimited          429  rate_limit_exceeded
+│   ├── TooManyStreams       429
+│   ├── Overloaded           503
+│   └── ShuttingDown         503
+├── UpstreamFailed           after admission: an event in the stream (server/wire/events.py)
+│   ├── UpstreamUnreachable  DNS, connect, TLS
+│   ├── UpstreamTimeout      first token or idle
+│   ├── UpstreamRateLimited  429
+│   ├── UpstreamRejected     other 4xx
+│   ├── UpstreamError        5xx, or an error object
+│   ├── UpstreamInvalid      not the OpenAI stream format
+│   └── UpstreamIncomplete   cut before its end
+├── StreamTimeout            the whole answer took too long
+├── AnswerTooLarge           the replay log is full
+├── Interrupted              the server went down, or nobody was there
+└── InternalError            a bug of ours
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "AnswerTooLarge",
+    "BodyTooLarge",
+    "InternalError",
+    "Interrupted",
+    "InvalidRequest",
+    "MethodNotAllowed",
+    "NotFound",
+    "OriginNotAllowed",
+    "Overloaded",
+    "RateLimited",
+    "Refused",
+    "RelayError",
+    "RequestTimeout",
+    "ShuttingDown",
+    "StreamTimeout",
+    "TooManyStreams",
+    "UpstreamError",
+    "UpstreamFailed",
+    "UpstreamIncomplete",
+    "UpstreamInvalid",
+    "UpstreamRateLimited",
+    "UpstreamRejected",
+    "UpstreamTimeout",
+    "UpstreamUnreachable",
+]
+
+
+class RelayError(Exception):
+    """What can go wrong with a request for an answer. ``str()`` is the text that the client reads."""
+
+    code: str = "internal_error"
+    retryable: bool = True
+    message: ClassVar[str] = "Something went wrong on our side."
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or self.message)
+
+
+# ---- Before admission: a status
+
+
+class Refused(RelayError):
+    """The request is not admitted: nothing was spent, no upstream was called.
+
+    ``retry_after`` is in whole seconds, or None where waiting does not help.
+    """
+
+    status: ClassVar[int] = 400
+
+    def __init__(self, message: str | None = None, *, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class InvalidRequest(Refused):
+    retryable = False
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class OriginNotAllowed(Refused):
+    code, status, retryable = "origin_not_allowed", 403, False
+    message = "Pages of this origin may not use this server. Its operator can list the origin in SLUICE_CORS_ORIGINS."
+
+
+class NotFound(Refused):
+    code, status, retryable = "not_found", 404, False
+    message = "There is nothing at this address."
+
+
+class MethodNotAllowed(Refused):
+    code, status, retryable = "method_not_allowed", 405, False
+
+    def __init__(self, method: str, allowed: frozenset[str]) -> None:
+        self.allowed = ", ".join(sorted(allowed))
+        super().__init__(f"{method} is not possible here; what is: {self.allowed}.")
+
+
+class RequestTimeout(Refused):
+    code, status = "request_timeout", 408
+    message = "The request's body did not arrive in time."
+
+
+class BodyTooLarge(Refused):
+    code, status, retryable = "body_too_large", 413, False
+    message = "The request's body is larger than this server takes."
+
+
+class RateLimited(Refused):
+    code, status = "rate_limit_exceeded", 429
+    message = "Too many requests. Wait for the seconds that Retry-After gives."
+
+
+class TooManyStreams(Refused):
+    code, status = "too_many_streams", 429
+    message = "Too many of your streams are open at once. Close one, or wait until one ends."
+
+
+class Overloaded(Refused):
+    code, status = "overloaded", 503
+    message = "The server has as many streams open as it takes. Try again in a moment."
+
+
+class ShuttingDown(Refused):
+    code, status = "shutting_down", 503
+    message = "The server is restarting. Try again in a moment."
+
+
+# ---- After admission: an event in the stream
+
+
+class UpstreamFailed(RelayError):
+    """The upstream gave no answer, or only a part of one."""
+
+
+class UpstreamUnreachable(UpstreamFailed):
+    code, message = "upstream_unreachable", "The model could not be reached."
+
+
+class UpstreamTimeout(UpstreamFailed):
+    code, message = "upstream_timeout", "The model took too long to answer."
+
+
+class UpstreamRateLimited(UpstreamFailed):
+    code, message = "upstream_rate_limited", "The model is answering too many requests at the moment."
+
+
+class UpstreamRejected(UpstreamFailed):
+    code, retryable, message = "upstream_rejected", False, "The model's endpoint rejected the request."
+
+
+class UpstreamError(UpstreamFailed):
+    code, message = "upstream_error", "The model's endpoint reported an error."
+
+
+class UpstreamInvalid(UpstreamFailed):
+    code, retryable = "upstream_invalid", False
+    message = "The model's endpoint did not answer with an OpenAI event stream."
+
+
+class UpstreamIncomplete(UpstreamFailed):
+    code, message = "upstream_incomplete", "The model's answer was cut before its end."
+
+
+class StreamTimeout(RelayError):
+    code, message = "stream_timeout", "The answer took longer than this server allows."
+
+
+class AnswerTooLarge(RelayError):
+    code, retryable, message = "answer_too_large", False, "The answer grew larger than this server allows."
+
+
+class Interrupted(RelayError):
+    code, message = "interrupted", "The answer was interrupted before its end."
+
+
+class InternalError(RelayError):
+    """A bug of ours: the log says where, the client only that."""

@@ -1,0 +1,195 @@
+"""The process: listeners, signals, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import resource
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from aiohttp import web
+
+from server.api.keys import DESK
+from server.app import create_admin_app, create_app
+from server.connections import Connections
+from server.demo.model import DEMO_MODEL_NAME, demo_model
+from server.logs import log_event, logging_to
+from server.relay.desk import Desk
+from server.settings import Settings
+from server.sockets import CannotListen, bind_admin, bind_public, close_listener, url_of
+from server.systemd import Notifier
+
+__all__ = ["Serving", "open_server", "run"]
+
+_ROOT: Final = Path(__file__).resolve().parent.parent
+_BACKLOG: Final = 4096  # a storm of reconnecting browsers; the kernel caps it at net.core.somaxconn
+_FAREWELL: Final = 2.0  # s for viewers to take the last event once the drain is over
+_SPARE_DESCRIPTORS: Final = 64  # listeners, logs, the interpreter's own
+
+# From request line to keep-alive; each is bounded, and one that is misspelt would silently switch all of them off.
+_MIN_LINE: Final = 16_384  # bytes: 1000 emoji of q are 12 kB
+_KEEPALIVE: Final = 75.0  # s: longer than a load balancer's usual 60, so that it is never us who close under its hands
+_LINGER: Final = 2.0  # s that the rest of a refused body is read and dropped
+
+_log = logging.getLogger("sluice.process")
+
+
+def run(settings: Settings, environment: Mapping[str, str]) -> int:
+    """Serve until a signal; returns the exit status: 0, or 1 where an address could not be had."""
+    form = settings.log_format
+    if form == "auto":
+        form = "text" if sys.stderr.isatty() else "json"
+    with logging_to(sys.stderr, form=form, level=settings.log_level):
+        try:
+            return asyncio.run(_serve(settings, environment))
+        except CannotListen as exc:
+            log_event(_log, logging.ERROR, "cannot_listen", reason=str(exc))
+            return 1
+
+
+async def _serve(settings: Settings, environment: Mapping[str, str]) -> int:
+    async with contextlib.AsyncExitStack() as stack:
+        signals = _Signals()
+        listener = bind_public(settings, environment)
+        stack.callback(close_listener, listener, settings)
+        admin_listener = bind_admin(settings)
+        demo = not settings.llm_base_url
+        if demo:
+            url = await stack.enter_async_context(demo_model(_ROOT))
+            settings = dataclasses.replace(settings, llm_base_url=url, llm_model=DEMO_MODEL_NAME, llm_api_key="")
+            log_event(_log, logging.WARNING, "demo_model", url=url, note="LLM_BASE_URL is not set; this is no LLM")
+        most = _raise_descriptor_limit()
+        if most < settings.max_streams:
+            log_event(_log, logging.WARNING, "few_descriptors", connections=most, max_streams=settings.max_streams)
+
+        serving = await stack.enter_async_context(
+            open_server(settings, listener, admin_listener, demo=demo, max_connections=most)
+        )
+        notifier = Notifier(environment)
+        async with notifier.watchdog():
+            admin_url = None if admin_listener is None else url_of(admin_listener)
+            log_event(
+                _log, logging.INFO, "listening", url=url_of(listener), admin_url=admin_url, model=settings.llm_model
+            )
+            notifier.ready()
+            await signals.first.wait()
+            notifier.stopping()
+            await serving.drain(settings.drain_timeout, cut_short=signals.second)
+    log_event(_log, logging.INFO, "stopped")
+    return 0
+
+
+@contextlib.asynccontextmanager
+async def open_server(
+    settings: Settings,
+    listener: socket.socket,
+    admin_listener: socket.socket | None = None,
+    *,
+    demo: bool = False,
+    max_connections: int = 10_000,
+) -> AsyncIterator[Serving]:
+    """Serve on the given sockets while the context lasts; on leaving, what still runs is interrupted."""
+    loop = asyncio.get_running_loop()
+    async with contextlib.AsyncExitStack() as stack:
+        connections = await stack.enter_async_context(Connections(most=max_connections))
+        public = await stack.enter_async_context(_running(create_app(settings, connections, demo=demo), settings))
+        desk = public.app[DESK]
+        if admin_listener is not None:
+            # Entered later and so left earlier, but kept open while the drain goes on: /readyz must tell of it.
+            admin = await stack.enter_async_context(_running(create_admin_app(desk), settings))
+            admin_server = await loop.create_server(_server_of(admin), sock=admin_listener)
+            stack.callback(admin_server.close)
+        server = await loop.create_server(connections.factory(_server_of(public)), sock=listener, backlog=_BACKLOG)
+        stack.callback(server.close)
+        yield Serving(desk, server)
+
+
+class Serving:
+    """A server that is open."""
+
+    def __init__(self, desk: Desk, server: asyncio.Server) -> None:
+        self.desk = desk
+        self._server = server
+
+    async def drain(self, timeout: float, *, cut_short: asyncio.Event) -> None:
+        """Accept no more and let open streams finish; interrupt those that do not within ``timeout`` (s), or as soon
+        as ``cut_short`` is set."""
+        desk = self.desk
+        desk.draining = True
+        self._server.close()
+        log_event(_log, logging.INFO, "draining", streams=desk.streams, timeout_s=timeout)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await _first_of(desk.empty(), cut_short.wait())
+        desk.interrupt()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FAREWELL):
+                await desk.empty()
+        desk.abort_viewers()
+
+
+async def _first_of(*waits: Coroutine[Any, Any, object]) -> None:
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _running(app: web.Application, settings: Settings) -> AsyncIterator[web.AppRunner]:
+    runner = web.AppRunner(
+        app,
+        handle_signals=False,
+        handler_cancellation=True,  # a viewer that leaves cancels its handler, within milliseconds
+        access_log=None,  # it would print the query string; server/api/middleware/request_log.py has ours
+        shutdown_timeout=1.0,  # the drain is over by then
+        keepalive_timeout=_KEEPALIVE,
+        max_line_size=max(_MIN_LINE, 12 * settings.max_query_chars + 512),  # an emoji is 12 bytes, percent-encoded
+        lingering_time=_LINGER,
+        auto_decompress=False,  # of request bodies: nobody needs it, and a bomb would
+    )
+    await runner.setup()
+    try:
+        yield runner
+    finally:
+        await runner.cleanup()
+
+
+def _server_of(runner: web.AppRunner) -> web.Server:
+    if runner.server is None:
+        raise RuntimeError("the runner is not set up")
+    return runner.server
+
+
+def _raise_descriptor_limit() -> int:
+    """Take as many descriptors as the system gives, and return how many connections they carry: each may need two."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return max(8, (soft - _SPARE_DESCRIPTORS) // 2)
+
+
+class _Signals:
+    """SIGTERM and SIGINT: the first asks to drain, the second to stop at once."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._arrived)
+
+    def _arrived(self) -> None:
+        if self.first.is_set():
+            self.second.set()
+        self.first.set()

@@ -1,0 +1,1 @@
+"""Answers and their viewers: an answer is a log that viewers read. asyncio, no aiohttp."""

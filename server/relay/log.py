@@ -1,0 +1,74 @@
+"""The replay log: one answer's events as bytes, from which every viewer reads at its own pace."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+
+__all__ = ["LogFull", "ReplayLog"]
+
+
+class LogFull(Exception):
+    """The event does not fit below the log's bound; nothing of it was appended."""
+
+
+class ReplayLog:
+    """Append-only, in memory, at most ``max_bytes`` of events; the events that end an answer always fit.
+
+    Event N ends at a byte offset that :meth:`end_of` gives, so whoever has seen event N goes on from there: a replay is
+    a slice. A viewer that is level with the log is told of more by its callback (:meth:`subscribe`).
+    """
+
+    def __init__(self, *, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = bytearray()
+        self._ends = array("Q")  # offset behind event N, at place N
+        self._listeners: set[Callable[[], None]] = set()
+        self.ended = False  # no event will follow
+
+    @property
+    def next_number(self) -> int:
+        """The number that the next event gets."""
+        return len(self._ends)
+
+    @property
+    def size(self) -> int:
+        """Bytes appended so far."""
+        return len(self._bytes)
+
+    def end_of(self, number: int) -> int:
+        """The offset behind event ``number``. Raises IndexError if there is none yet."""
+        if number < 0:
+            raise IndexError(number)
+        return self._ends[number]
+
+    def append(self, event: bytes) -> None:
+        """Add one event; tells nobody yet. Raises LogFull beyond the bound."""
+        if len(self._bytes) + len(event) > self._max_bytes:
+            raise LogFull
+        self._bytes += event
+        self._ends.append(len(self._bytes))
+
+    def publish(self) -> None:
+        """Tell the viewers of everything appended since they last looked: once a batch, however many events it has."""
+        for listener in self._listeners:
+            listener()
+
+    def end(self, last: Sequence[bytes] = ()) -> None:
+        """Add the events that end the answer, bound or no bound, and tell the viewers."""
+        for event in last:
+            self._bytes += event
+            self._ends.append(len(self._bytes))
+        self.ended = True
+        self.publish()
+
+    def read(self, offset: int, limit: int) -> bytes:
+        """At most ``limit`` bytes from ``offset`` on; empty for one who is level with the log."""
+        return bytes(self._bytes[offset : offset + limit])
+
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` at each publish. It must not subscribe or unsubscribe anyone, nor wait."""
+        self._listeners.add(listener)
+
+    def unsubscribe(self, listener: Callable[[], None]) -> None:
+        self._listeners.discard(listener)

@@ -1,0 +1,442 @@
+"""Settings: one frozen value, read once from command line, environment and a TOML file; every mistake is told.
+
+Each field of :class:`Settings` carries the reader of its value; names, defaults, ranges and help come from there and
+nowhere else. The environment name is the field's in capitals, with ``SLUICE_`` in front unless it begins with ``llm_``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import math
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, Generic, TypeVar, cast
+
+from yarl import URL
+
+__all__ = [
+    "CONFIG_VARIABLE",
+    "Mistakes",
+    "Option",
+    "Rate",
+    "Settings",
+    "TrustedProxies",
+    "describe",
+    "options",
+    "read_settings",
+]
+
+CONFIG_VARIABLE: Final = "SLUICE_CONFIG"
+_PREFIX: Final = "SLUICE_"
+
+T = TypeVar("T")
+
+
+class Mistakes(Exception):
+    """What is wrong with the configuration: one line each, in ``lines``."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+# ---- Readers: a value as TOML or the environment has it -> the setting
+
+
+@dataclass(frozen=True, slots=True)
+class Reader(Generic[T]):
+    """Turns what stands in the environment (text) or in the file (a TOML value) into the setting.
+
+    ``read`` raises ValueError for what it does not take; ``takes`` says what it does.
+    """
+
+    takes: str
+    read: Callable[[Any], T]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("not a text")  # for readers, a wrong type is a wrong value
+    return value
+
+
+def _integer(low: int, high: int) -> Reader[int]:
+    def read(value: Any) -> int:
+        if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value):
+            value = int(value)
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError
+        return value
+
+    return Reader(f"an integer from {low} to {high}", read)
+
+
+def _number(low: float, high: float, unit: str = "") -> Reader[float]:
+    def read(value: Any) -> float:
+        if isinstance(value, str) and re.fullmatch(r"[+-]?([0-9]{1,18}(\.[0-9]*)?|\.[0-9]+)", value):
+            value = float(value)
+        if type(value) not in (int, float) or not (math.isfinite(value) and low <= value <= high):
+            raise ValueError
+        return float(value)
+
+    return Reader(f"{unit or 'a number'} from {low:g} to {high:g}", read)
+
+
+def _seconds(low: float, high: float) -> Reader[float]:
+    return _number(low, high, "seconds")
+
+
+def _choice(*names: str) -> Reader[str]:
+    def read(value: Any) -> str:
+        if value not in names:
+            raise ValueError
+        return cast("str", value)
+
+    return Reader("one of " + ", ".join(names), read)
+
+
+def _read_flag(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    return {"true": True, "false": False}[value] if value in ("true", "false") else _refuse()
+
+
+def _refuse() -> Any:
+    raise ValueError
+
+
+def _read_base_url(value: Any) -> str:
+    text = _text(value).strip()
+    if not text:
+        return ""
+    url = URL(text)
+    if url.scheme not in ("http", "https") or not url.host or url.port is None:
+        raise ValueError
+    if url.user is not None or url.password is not None:
+        raise ValueError("it holds a user name or password; the key belongs into LLM_API_KEY")
+    if url.raw_query_string or url.raw_fragment:
+        raise ValueError("it has a query or fragment, which /chat/completions could not follow")
+    return text.rstrip("/")
+
+
+def _read_key(value: Any) -> str:
+    text = _text(value).strip()
+    if not all(0x21 <= ord(character) <= 0x7E for character in text):
+        raise ValueError("it holds characters that no header can carry")
+    return text
+
+
+def _read_name(value: Any) -> str:
+    text = _text(value).strip()
+    if not text or len(text) > 200 or not text.isprintable():
+        raise ValueError
+    return text
+
+
+def _read_host(value: Any) -> str:
+    text = _text(value).strip()
+    if not re.fullmatch(r"[A-Za-z0-9._:%-]{1,253}", text):
+        raise ValueError
+    return text
+
+
+def _read_prompt(value: Any) -> str:
+    text = _text(value)
+    if len(text) > 32_000 or "\0" in text or _has_surrogates(text):
+        raise ValueError
+    return text
+
+
+def _has_surrogates(text: str) -> bool:
+    return any(0xD800 <= ord(character) <= 0xDFFF for character in text)
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """``amount`` per ``seconds``: the size of a token bucket, and the time in which an empty one fills."""
+
+    amount: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.amount}/{self.seconds:g}"
+
+
+def _read_rate(value: Any) -> Rate | None:
+    text = _text(value).strip()
+    if text == "off":
+        return None
+    if not (match := re.fullmatch(r"([0-9]{1,9})/([0-9]{1,7}(?:\.[0-9]{1,6})?)", text)):
+        raise ValueError
+    amount, seconds = int(match[1]), float(match[2])
+    if amount < 1 or seconds <= 0:
+        raise ValueError
+    return Rate(amount, seconds)
+
+
+def _items(value: Any) -> list[str]:
+    """A comma list, or a TOML array of texts."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list):
+        raise ValueError
+    return [text for part in parts if (text := _text(part).strip())]
+
+
+def _read_origins(value: Any) -> tuple[str, ...]:
+    origins = _items(value)
+    for origin in origins:
+        if origin == "*" and len(origins) == 1:
+            continue
+        url = URL(origin)
+        if url.scheme not in ("http", "https") or not url.host or str(url.origin()) != origin:
+            raise ValueError(f"{origin!r} is no origin as browsers write it")
+    return tuple(origins)
+
+
+@dataclass(frozen=True, slots=True)
+class TrustedProxies:
+    """The peers that may name the client: networks, and whoever is on the Unix socket."""
+
+    networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
+    unix: bool
+
+    def __contains__(self, address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+        return any(address in network for network in self.networks)
+
+    def __str__(self) -> str:
+        return ",".join([*map(str, self.networks), *(["unix"] if self.unix else [])])
+
+
+def _read_proxies(value: Any) -> TrustedProxies:
+    items = _items(value)
+    return TrustedProxies(tuple(ipaddress.ip_network(item) for item in items if item != "unix"), "unix" in items)
+
+
+_RATE: Final = Reader("REQUESTS/SECONDS, such as 10/60, or off", _read_rate)
+_PORT: Final = _integer(0, 65535)
+
+# ---- The settings
+
+
+def _option(reader: Reader[T], default: T, meaning: str, *, secret: bool = False) -> T:
+    metadata = {"reader": reader, "meaning": meaning, "secret": secret}
+    return field(default=default, repr=not secret, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the process was told, in the order of the README's table. Times are in seconds."""
+
+    llm_base_url: str = _option(
+        Reader("an http or https URL such as https://api.openai.com/v1", _read_base_url),
+        "",
+        "the OpenAI-compatible endpoint; empty = the embedded demo model",
+    )
+    llm_api_key: str = _option(
+        Reader("a key of printable ASCII", _read_key), "", "sent upstream as Authorization: Bearer", secret=True
+    )
+    llm_model: str = _option(Reader("a model's name", _read_name), "gpt-4o-mini", "the model asked for")
+    host: str = _option(Reader("an address or host name", _read_host), "127.0.0.1", "the public listener's address")
+    port: int = _option(_PORT, 4001, "the public listener's port; 0 = any free one")
+    socket: str = _option(Reader("a path", _text), "", "a Unix socket's path, instead of host and port")
+    admin_host: str = _option(
+        Reader("an address or host name", _read_host), "127.0.0.1", "the admin listener's address (health)"
+    )
+    admin_port: int = _option(_PORT, 4002, "the admin listener's port; 0 = off")
+    system_prompt: str = _option(
+        Reader("a text of at most 32000 characters", _read_prompt),
+        "You are a concise technical assistant. Answer in Markdown, briefly and exactly.",
+        "sent before each question; empty = none",
+    )
+    max_tokens: int = _option(_integer(1, 1_000_000), 800, "LLM tokens an answer may have, sent upstream")
+    temperature: float = _option(_number(0, 2), 0.3, "sent upstream")
+    max_query_chars: int = _option(_integer(1, 5000), 1000, "code points of a question, after trimming")
+    rate_limit: Rate | None = _option(_RATE, Rate(10, 60.0), "requests per seconds and client, a token bucket; off")
+    max_streams_per_client: int = _option(_integer(1, 1_000_000), 8, "a client's streams open at once")
+    max_streams: int = _option(_integer(1, 1_000_000), 10_000, "all streams open at once")
+    trusted_proxies: TrustedProxies = _option(
+        Reader("a comma list of addresses, networks and unix", _read_proxies),
+        _read_proxies("127.0.0.0/8,::1/128,unix"),
+        "peers that may name the client with X-Forwarded-For or X-Real-IP",
+    )
+    cors_origins: tuple[str, ...] = _option(
+        Reader("a comma list of origins such as https://example.com, or *", _read_origins),
+        (),
+        "origins whose pages may ask; empty = same origin only",
+    )
+    connect_timeout: float = _option(_seconds(0.01, 300), 5.0, "to connect upstream, DNS and TLS included")
+    first_token_timeout: float = _option(
+        _seconds(0.01, 3600), 30.0, "from the request sent to the first delta with content"
+    )
+    idle_timeout: float = _option(_seconds(0.01, 3600), 20.0, "between two such deltas")
+    stream_timeout: float = _option(_seconds(0.01, 86_400), 60.0, "for the whole answer")
+    write_timeout: float = _option(_seconds(0.1, 3600), 30.0, "that a client may take no byte while bytes wait for it")
+    heartbeat: float = _option(_seconds(0.05, 3600), 15.0, "of silence before a ping is sent")
+    retries: int = _option(_integer(0, 10), 2, "further tries before the first token")
+    max_answer_bytes: int = _option(_integer(4096, 1 << 30), 1 << 20, "bound of one answer's replay log")
+    drain_timeout: float = _option(_seconds(0, 86_400), 75.0, "that SIGTERM lets open streams finish")
+    log_format: str = _option(_choice("text", "json", "auto"), "auto", "auto = text on a terminal, else json")
+    log_level: str = _option(_choice("debug", "info", "warning", "error"), "info", "the least level that is logged")
+    log_prompts: bool = _option(Reader("true or false", _read_flag), False, "put questions and answers into the log")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One setting as a user meets it."""
+
+    name: str  # in the TOML file
+    variable: str  # in the environment
+    reader: Reader[Any]
+    default: Any
+    meaning: str
+    secret: bool
+
+
+def options() -> list[Option]:
+    """All settings, in the order in which they are documented."""
+    return [
+        Option(
+            item.name,
+            item.name.upper() if item.name.startswith("llm_") else _PREFIX + item.name.upper(),
+            item.metadata["reader"],
+            item.default,
+            item.metadata["meaning"],
+            item.metadata["secret"],
+        )
+        for item in fields(Settings)
+    ]
+
+
+def describe(settings: Settings) -> list[str]:
+    """The settings in force, one ``NAME=value`` line each, secrets masked."""
+    lines = []
+    for option in options():
+        value = getattr(settings, option.name)
+        shown = ("***" if value else "") if option.secret else _as_text(value)
+        lines.append(f"{option.variable}={shown}")
+    return lines
+
+
+def _as_text(value: Any) -> str:
+    match value:
+        case None:
+            return "off"
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:g}"
+        case tuple():
+            return ",".join(map(str, value))
+        case _:
+            return str(value)
+
+
+# ---- Reading
+
+
+def read_settings(
+    environment: Mapping[str, str], *, config: str | None = None, overrides: Mapping[str, str] | None = None
+) -> Settings:
+    """The settings that the TOML file, the environment and the command line make; the later wins.
+
+    ``config`` is the file's path (else ``SLUICE_CONFIG`` names it); ``overrides`` are texts of the command line by
+    field name. Raises Mistakes with a line for each thing that is wrong.
+    """
+    known = options()
+    mistakes: list[str] = []
+    found: dict[str, tuple[str, Any]] = {}  # by name: where it stood, and what
+
+    path = config or environment.get(CONFIG_VARIABLE)
+    if path:
+        for name, value in _read_file(path, mistakes).items():
+            found[name] = (f"{name} in {path}", value)
+        _report_unknown(list(found), [option.name for option in known], f" in {path}", mistakes)
+    for option in known:
+        if option.secret and (text := _read_secret(option, environment, mistakes)) is not None:
+            found[option.name] = text
+        elif option.variable in environment:
+            found[option.name] = (option.variable, environment[option.variable])
+    for name, value in (overrides or {}).items():
+        found[name] = (f"--{name.replace('_', '-')}", value)
+    accepted = {option.variable for option in known} | {f"{option.variable}_FILE" for option in known if option.secret}
+    strangers = [name for name in environment if name.startswith(_PREFIX) and name != CONFIG_VARIABLE]
+    _report_unknown(strangers, sorted(accepted), "", mistakes)
+
+    values: dict[str, Any] = {}
+    for option in known:
+        if option.name in found:
+            where, value = found[option.name]
+            try:
+                values[option.name] = option.reader.read(value)
+            except (ValueError, TypeError) as exc:
+                mistakes.append(f"{where}: got {_quote(option, value)}, takes {option.reader.takes}{_because(exc)}")
+    if mistakes:
+        raise Mistakes(mistakes)
+    return Settings(**values)
+
+
+def _read_file(path: str, mistakes: list[str]) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as exc:
+        mistakes.append(f"{path}: the configuration file cannot be read ({exc.strerror})")
+    except UnicodeDecodeError:
+        mistakes.append(f"{path}: the configuration file is not UTF-8")
+    except tomllib.TOMLDecodeError as exc:
+        mistakes.append(f"{path}: the configuration file is not TOML ({str(exc).splitlines()[0]})")
+    return {}
+
+
+def _read_secret(option: Option, environment: Mapping[str, str], mistakes: list[str]) -> tuple[str, str] | None:
+    """A secret's place and value: the variable itself, the file that NAME_FILE names, or systemd's credential."""
+    file_variable = f"{option.variable}_FILE"
+    if option.variable in environment:
+        if file_variable in environment:
+            mistakes.append(f"{file_variable}: {option.variable} is set too; takes one of the two")
+        return option.variable, environment[option.variable]
+    if file_variable in environment:
+        path, where = Path(environment[file_variable]), file_variable
+    elif directory := environment.get("CREDENTIALS_DIRECTORY"):
+        path, where = Path(directory) / option.name, f"the credential {option.name}"
+        if not path.exists():
+            return None
+    else:
+        return None
+    try:
+        return where, path.read_text(encoding="utf-8")
+    except OSError as exc:
+        mistakes.append(f"{where}: {path} cannot be read ({exc.strerror}); takes the path of a readable file")
+    except UnicodeDecodeError:
+        mistakes.append(f"{where}: {path} is not text; takes the path of a file with the secret in it")
+    return None
+
+
+def _report_unknown(names: list[str], known: list[str], where: str, mistakes: list[str]) -> None:
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else "; run.py --help lists those that there are"
+            mistakes.append(f"{_printable(name)}{where}: no such setting{hint}")
+
+
+def _quote(option: Option, value: Any) -> str:
+    if option.secret:
+        return "a value that is not shown"
+    if option.name == "llm_base_url" and isinstance(value, str) and "@" in value:
+        return "a URL with '@' in it"  # what stands before it may be a password
+    return _printable(repr(value))
+
+
+def _because(exc: Exception) -> str:
+    # Only our own words: a library's may quote the value.
+    reason = str(exc) if type(exc) is ValueError and exc.args and str(exc).startswith("it ") else ""
+    return f"; {reason}" if reason else ""
+
+
+def _printable(text: str) -> str:
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 120 else text[:117] + "..."

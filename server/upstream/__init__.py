@@ -1,0 +1,1 @@
+"""The OpenAI-compatible side: the only user of aiohttp's ClientSession."""

@@ -1,0 +1,55 @@
+"""The deadline that content, and nothing else, pushes back."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+
+__all__ = ["SilenceDeadline"]
+
+
+class SilenceDeadline:
+    """Bounds the silence before and between tokens; an async context manager that raises TimeoutError like
+    ``asyncio.timeout``.
+
+    ``first`` (s) runs from entering to the first :meth:`heard`, ``idle`` (s) from each :meth:`heard` to the next.
+    Hearing costs one reading of the clock: the timer is not moved, it finds on waking that it is early and sleeps on.
+    """
+
+    def __init__(self, *, first: float, idle: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._scope = asyncio.timeout(None)
+        self._first = first
+        self._idle = idle
+        self.deadline = 0.0  # s, loop clock
+
+    async def __aenter__(self) -> SilenceDeadline:
+        await self._scope.__aenter__()
+        self.deadline = self._loop.time() + self._first
+        self._timer = self._loop.call_at(self.deadline, self._wake)
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        await self._scope.__aexit__(exc_type, exc, traceback)
+
+    def heard(self) -> None:
+        """Content has come: the idle time starts anew."""
+        deadline = self._loop.time() + self._idle
+        if deadline < self._timer.when():
+            # The first token came early in a first-token time longer than the idle time.
+            self._timer.cancel()
+            self._timer = self._loop.call_at(deadline, self._wake)
+        self.deadline = deadline
+
+    @property
+    def expired(self) -> bool:
+        return self._scope.expired()
+
+    def _wake(self) -> None:
+        if self._loop.time() >= self.deadline:
+            self._scope.reschedule(self._loop.time())
+        else:
+            self._timer = self._loop.call_at(self.deadline, self._wake)

@@ -1,0 +1,126 @@
+"""OpenAI's ``chat.completion.chunk`` to deltas, trusting no field's type."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum, auto
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+__all__ = ["DONE", "Chunk", "Delta", "DeltaKind", "MalformedChunk", "Usage", "decode_chunk", "decode_json"]
+
+DONE: Final = b"[DONE]"
+
+_MAX_SAFE_INTEGER = (1 << 53) - 1  # beyond it JavaScript, which reads our usage event, no longer counts exactly
+_MAX_NAME_CHARS = 200  # of a model's name or a finish_reason; both travel to the page
+
+_decoder = msgspec.json.Decoder()
+
+
+class MalformedChunk(ValueError):
+    """The event's data is not a JSON object."""
+
+
+class DeltaKind(Enum):
+    """What of a delta the first-token and idle clocks count."""
+
+    CONTENT = auto()
+    REASONING = auto()
+    TOOL_CALL = auto()
+
+
+class Delta(NamedTuple):
+    """A piece of the answer; ``text`` is empty for a tool call."""
+
+    kind: DeltaKind
+    text: str
+
+
+class Usage(NamedTuple):
+    """What the upstream says that the answer cost, in LLM tokens; None where it says nothing sensible."""
+
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+class Chunk(NamedTuple):
+    """What one chunk says. A chunk that says nothing (role only, empty delta, unknown fields) is all defaults."""
+
+    deltas: tuple[Delta, ...] = ()
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    model: str | None = None
+    error: Any = None  # the error object (or text) of a chunk that is an error
+
+
+def decode_chunk(data: bytes) -> Chunk:
+    """The chunk that an event's data holds. Raises MalformedChunk where it is not a JSON object.
+
+    Whatever has another type than OpenAI documents counts as absent: an endpoint's quirk may cost a field, never the
+    answer. Only choice 0 is read, as we never ask for more.
+    """
+    value = decode_json(data)
+    if not isinstance(value, dict):
+        raise MalformedChunk("not a JSON object")
+    if (error := value.get("error")) is not None:
+        return Chunk(error=error)
+    deltas: tuple[Delta, ...] = ()
+    finish_reason = None
+    choices = value.get("choices")
+    if isinstance(choices, list):
+        for choice in choices:
+            if isinstance(choice, dict) and choice.get("index", 0) == 0:
+                deltas += _read_delta(choice.get("delta"))
+                finish_reason = _name(choice.get("finish_reason")) or finish_reason
+    return Chunk(deltas, finish_reason, _read_usage(value.get("usage")), _name(value.get("model")))
+
+
+def decode_json(data: bytes) -> Any:
+    """A JSON value out of bytes that may be slightly wrong. Raises MalformedChunk where they are no JSON.
+
+    The quick and strict decoder first; what it refuses and the wild contains is taken by the standard library's:
+    invalid UTF-8 (becomes U+FFFD, as in the standard's decoding), half a surrogate pair, NaN.
+    """
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    try:
+        return json.loads(data.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        raise MalformedChunk("not JSON") from None
+
+
+def _read_delta(delta: Any) -> tuple[Delta, ...]:
+    if not isinstance(delta, dict):
+        return ()
+    found: list[Delta] = []
+    # Two spellings of one thing (DeepSeek and vLLM; OpenRouter and Ollama); an endpoint that sends both repeats itself.
+    for name in ("reasoning_content", "reasoning"):
+        reasoning = delta.get(name)
+        if isinstance(reasoning, str) and reasoning:
+            found.append(Delta(DeltaKind.REASONING, reasoning))
+            break
+    content = delta.get("content")
+    if isinstance(content, str) and content:
+        found.append(Delta(DeltaKind.CONTENT, content))
+    tool_calls = delta.get("tool_calls")
+    if isinstance(tool_calls, list) and tool_calls:
+        found.append(Delta(DeltaKind.TOOL_CALL, ""))
+    return tuple(found)
+
+
+def _read_usage(usage: Any) -> Usage | None:
+    if not isinstance(usage, dict):
+        return None
+    return Usage(_count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
+
+
+def _count(value: Any) -> int | None:
+    # bool is an int in Python, and True tokens are no count
+    return value if type(value) is int and 0 <= value <= _MAX_SAFE_INTEGER else None
+
+
+def _name(value: Any) -> str | None:
+    return value[:_MAX_NAME_CHARS] if isinstance(value, str) and value else None

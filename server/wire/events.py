@@ -1,0 +1,89 @@
+"""An answer's events as bytes: what the browser's stream of the contract's section 3 carries."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+import msgspec
+
+from server.errors import RelayError
+from server.wire.chunks import Usage
+from server.wire.sse import encode_event
+
+__all__ = ["PING", "EventEncoder"]
+
+PING: Final = encode_event(b"{}", type=b"ping")  # without an id: a heartbeat is no part of the answer
+
+_RETRY_MS = 1000  # how long an EventSource waits before it comes back
+
+_encoder = msgspec.json.Encoder()
+
+
+class EventEncoder:
+    """Encodes one answer's events. Each method returns the bytes of one whole event, blank line included.
+
+    ``number`` is the event's place in the answer, from 0; its id on the wire is ``SID.number``.
+    """
+
+    def __init__(self, stream_id: str) -> None:
+        self._stream_id = stream_id
+        self._id = stream_id.encode("ascii")
+        self._id_line = b"id: %b." % self._id
+
+    def start(self, number: int, model: str) -> bytes:
+        return self._event(number, {"id": self._stream_id, "model": model}, type=b"start", retry=_RETRY_MS)
+
+    def token(self, number: int, text: str) -> bytes:
+        """One upstream delta's content, exactly. The hot path: one format and one JSON string, nothing else."""
+        return b'%b%d\ndata: {"token":%b}\n\n' % (self._id_line, number, _encode_text(text))
+
+    def reasoning(self, number: int, text: str) -> bytes:
+        return b'event: reasoning\n%b%d\ndata: {"reasoning":%b}\n\n' % (self._id_line, number, _encode_text(text))
+
+    def usage(
+        self,
+        number: int,
+        *,
+        finish_reason: str | None,
+        usage: Usage,
+        tokens: int,
+        model: str,
+        ttft_ms: int | None,
+        duration_ms: int,
+    ) -> bytes:
+        fields = {
+            "finish_reason": finish_reason,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "tokens": tokens,
+            "model": model,
+            "ttft_ms": ttft_ms,
+            "duration_ms": duration_ms,
+        }
+        return self._event(number, fields, type=b"usage")
+
+    def done(self, number: int) -> bytes:
+        return encode_event(b"[DONE]", id=b"%b.%d" % (self._id, number))
+
+    def error(self, number: int, error: RelayError) -> bytes:
+        """The one event that ends an answer which failed after admission; no ``[DONE]`` follows it."""
+        return self._event(number, {"error": error.code, "message": str(error), "retryable": error.retryable})
+
+    def _event(self, number: int, fields: dict[str, Any], *, type: bytes = b"", retry: int | None = None) -> bytes:  # noqa: A002
+        return encode_event(_encode_json(fields), type=type, id=b"%b.%d" % (self._id, number), retry=retry)
+
+
+def _encode_text(text: str) -> bytes:
+    try:
+        return _encoder.encode(text)
+    except UnicodeEncodeError:
+        # Half a surrogate pair: an upstream cut a character over two deltas. UTF-8 cannot hold it, a JSON escape can.
+        return json.dumps(text).encode("ascii")
+
+
+def _encode_json(value: dict[str, Any]) -> bytes:
+    try:
+        return _encoder.encode(value)
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode("ascii")

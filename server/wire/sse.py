@@ -1,0 +1,151 @@
+"""Server-sent events: bytes to events and back (WHATWG HTML §9.2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["MAX_EVENT_BYTES", "EventStreamParser", "EventTooLarge", "ServerSentEvent", "encode_event"]
+
+MAX_EVENT_BYTES = 1 << 20  # what one event of an upstream may hold before it counts as no event stream at all
+
+_BOM = b"\xef\xbb\xbf"
+
+
+class EventTooLarge(ValueError):
+    """One event, or one line, holds more bytes than the parser's bound; ``events`` are those complete before it."""
+
+    def __init__(self, max_event_bytes: int) -> None:
+        super().__init__(f"an event of more than {max_event_bytes} bytes")
+        self.events: list[ServerSentEvent] = []
+
+
+class ServerSentEvent(NamedTuple):
+    """One dispatched event. All fields are the bytes as they came: UTF-8, unless the sender got that wrong."""
+
+    data: bytes
+    type: bytes = b"message"
+    last_event_id: bytes = b""
+
+
+class EventStreamParser:
+    """An incremental event-stream parser: bytes in, events out, the same events however the network cut the bytes.
+
+    It works on bytes, since the field names and line ends that it looks for are ASCII and no byte of a longer UTF-8
+    character is: decoding can wait for whoever needs the text. ``retry`` (ms) holds the last legal ``retry`` field.
+    """
+
+    def __init__(self, *, max_event_bytes: int = MAX_EVENT_BYTES, last_event_id: bytes = b"") -> None:
+        self.retry: int | None = None
+        self._max_event_bytes = max_event_bytes
+        self._at_start = True  # a byte order mark may still come
+        self._after_cr = False  # the last feed ended with CR: an LF that follows belongs to it
+        self._partial = bytearray()  # the line whose end has not come yet
+        self._data: list[bytes] = []
+        self._type = b""
+        self._last_event_id = last_event_id  # of the last complete block
+        self._pending_id = last_event_id  # takes effect with the block's blank line
+        self._held = 0  # bytes kept for the event under way, without the partial line
+
+    @property
+    def last_event_id(self) -> bytes:
+        """The id that a reconnect would send: that of the last block whose blank line has come."""
+        return self._last_event_id
+
+    def feed(self, data: bytes) -> list[ServerSentEvent]:
+        """Take the next bytes, cut anywhere (inside a CRLF, inside a character), and return the events they complete.
+
+        Lines end with CR, LF or CRLF and nothing else; an event without its blank line is dropped (§9.2.6).
+        Time is linear in the bytes fed; what is kept is bounded by ``max_event_bytes``, comments not counted.
+        Raises EventTooLarge past the bound, with the events before it; the parser is of no use afterwards.
+        """
+        if self._after_cr and data:
+            self._after_cr = False
+            if data[0] == 0x0A:
+                data = data[1:]
+        if self._at_start:
+            # The mark may be cut: hold its beginning back until it is clear what the first three bytes are.
+            self._partial += data
+            if len(self._partial) < len(_BOM) and _BOM.startswith(self._partial):
+                return []
+            data = bytes(self._partial).removeprefix(_BOM)
+            self._partial.clear()
+            self._at_start = False
+
+        # bytes.splitlines knows exactly the standard's three line ends (str.splitlines knows eight more).
+        lines = data.splitlines(keepends=True)
+        rest = b""
+        if lines and lines[-1][-1] not in b"\r\n":
+            rest = lines.pop()
+        events: list[ServerSentEvent] = []
+        try:
+            for line in lines:
+                if self._partial:
+                    self._partial += line
+                    line = bytes(self._partial)
+                    self._partial.clear()
+                content = line.rstrip(b"\r\n")  # one line end: splitlines leaves no other in a line
+                if content:
+                    self._take_field(content)
+                elif event := self._end_block():
+                    events.append(event)
+            self._partial += rest
+            self._check_bound(len(self._partial))
+        except EventTooLarge as exc:
+            exc.events = events
+            raise
+        if lines:
+            self._after_cr = not rest and lines[-1][-1] == 0x0D
+        return events
+
+    def _take_field(self, line: bytes) -> None:
+        """Process one line that is not blank (§9.2.6, "interpreting an event stream")."""
+        name, _, value = line.partition(b":")
+        if value[:1] == b" ":
+            value = value[1:]
+        if name == b"data":
+            self._data.append(value)
+            self._hold(len(line) + 1)
+        elif name == b"event":
+            self._type = value
+            self._hold(len(line))
+        elif name == b"id":
+            if b"\0" not in value:
+                self._pending_id = value
+                self._hold(len(line))
+        elif name == b"retry" and value.isdigit() and len(value) < 16:  # bytes.isdigit is ASCII only
+            self.retry = int(value)
+
+    def _hold(self, size: int) -> None:
+        self._held += size
+        self._check_bound(0)
+
+    def _check_bound(self, partial: int) -> None:
+        if self._held + partial > self._max_event_bytes:
+            raise EventTooLarge(self._max_event_bytes)
+
+    def _end_block(self) -> ServerSentEvent | None:
+        """A blank line: the id takes effect, and a block that had a ``data`` field is an event."""
+        self._last_event_id = self._pending_id
+        event = None
+        if self._data:
+            event = ServerSentEvent(b"\n".join(self._data), self._type or b"message", self._last_event_id)
+            self._data.clear()
+        self._type = b""
+        self._held = 0
+        return event
+
+
+def encode_event(data: bytes, *, type: bytes = b"", id: bytes = b"", retry: int | None = None) -> bytes:  # noqa: A002
+    """One event block, ending with its blank line. The fields' order is retry, event, id, data.
+
+    ``data`` may hold no CR (it would end a line early); each LF in it starts a further ``data`` line.
+    """
+    lines = []
+    if retry is not None:
+        lines.append(b"retry: %d\n" % retry)
+    if type:
+        lines.append(b"event: %b\n" % type)
+    if id:
+        lines.append(b"id: %b\n" % id)
+    lines += [b"data: %b\n" % line for line in data.split(b"\n")]
+    return b"%b\n" % b"".join(lines)
