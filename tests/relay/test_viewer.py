@@ -1,0 +1,176 @@
+"""A viewer: batches, heartbeats, and the reader that takes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from server.relay.log import ReplayLog
+from server.relay.viewer import Viewer
+from server.wire.events import PING
+
+
+class FakeConnection:
+    """A connection whose reader the test plays; ``open`` unset means that it takes nothing."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+        self.finished = False
+        self.aborted = False
+        self.untaken = 0
+        self.open = asyncio.Event()
+        self.open.set()
+        self.takes_end = True
+
+    async def write(self, data: bytes) -> None:
+        self.written.append(data)
+        await self.open.wait()
+        if self.aborted:
+            raise ConnectionResetError
+
+    async def finish(self) -> None:
+        if not self.takes_end:
+            self.open.clear()
+        await self.open.wait()
+        if self.aborted:
+            raise ConnectionResetError
+        self.finished = True
+
+    def untaken_bytes(self) -> int:
+        return self.untaken
+
+    def abort(self) -> None:
+        self.aborted = True
+        self.open.set()
+
+
+@pytest.fixture
+def log() -> ReplayLog:
+    log = ReplayLog(max_bytes=1 << 20)
+    log.append(b"start\n\n")
+    return log
+
+
+def viewer_of(
+    log: ReplayLog, connection: FakeConnection, heartbeat: float = 60, write_timeout: float = 60, offset: int = 0
+) -> Viewer:
+    return Viewer(log, connection, heartbeat=heartbeat, write_timeout=write_timeout, offset=offset)
+
+
+def publish(log: ReplayLog, *events: bytes) -> None:
+    for event in events:
+        log.append(event)
+    log.publish()
+
+
+async def test_it_writes_the_past_at_once_then_a_batch_in_one_write_then_the_end(log: ReplayLog) -> None:
+    connection = FakeConnection()
+    following = asyncio.create_task(viewer_of(log, connection).follow())
+    await asyncio.sleep(0.01)
+    assert connection.written == [b"start\n\n"]
+    publish(log, b"a\n\n", b"b\n\n")
+    await asyncio.sleep(0.01)
+    log.end([b"done\n\n"])
+    await following
+    assert connection.written == [b"start\n\n", b"a\n\nb\n\n", b"done\n\n"]
+    assert connection.finished
+
+
+async def test_it_begins_where_it_is_told(log: ReplayLog) -> None:
+    connection = FakeConnection()
+    log.end([b"done\n\n"])
+    await viewer_of(log, connection, offset=log.end_of(0)).follow()
+    assert connection.written == [b"done\n\n"]
+
+
+async def test_a_long_past_goes_out_in_bounded_pieces(log: ReplayLog) -> None:
+    """A reader that takes nothing must not hold a whole answer in our buffers."""
+    connection = FakeConnection()
+    log.end([b"x" * 300_000])
+    await viewer_of(log, connection).follow()
+    assert max(map(len, connection.written)) <= 64 << 10
+    assert sum(map(len, connection.written)) == log.size
+
+
+async def test_silence_is_filled_with_pings_from_the_first_second_on(log: ReplayLog) -> None:
+    connection = FakeConnection()
+    following = asyncio.create_task(viewer_of(log, connection, heartbeat=0.05).follow())
+    await asyncio.sleep(0.4)
+    log.end()
+    await following
+    pings = connection.written[1:]
+    assert 3 <= len(pings) <= 8
+    assert set(pings) == {PING}
+
+
+async def test_events_take_the_place_of_pings(log: ReplayLog) -> None:
+    connection = FakeConnection()
+    following = asyncio.create_task(viewer_of(log, connection, heartbeat=0.3).follow())
+    for _ in range(20):
+        publish(log, b"a\n\n")
+        await asyncio.sleep(0.03)
+    log.end()
+    await following
+    assert PING not in connection.written
+
+
+async def test_a_reader_that_takes_nothing_is_dropped_after_the_write_timeout(log: ReplayLog) -> None:
+    connection = FakeConnection()
+    connection.open.clear()
+    connection.untaken = 7
+    viewer = viewer_of(log, connection, write_timeout=0.2)
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(ConnectionError):
+        await viewer.follow()
+    assert 0.15 <= asyncio.get_running_loop().time() - began <= 2
+    assert viewer.stalled
+    assert not connection.finished
+
+
+async def test_a_reader_that_takes_nothing_is_dropped_after_the_answers_end_too(log: ReplayLog) -> None:
+    connection = FakeConnection()
+    connection.takes_end = False
+    connection.untaken = 7
+    log.end()
+    viewer = viewer_of(log, connection, write_timeout=0.2)
+    with pytest.raises(ConnectionError):
+        await viewer.follow()
+    assert viewer.stalled
+
+
+async def test_a_slow_reader_that_makes_progress_lives(log: ReplayLog) -> None:
+    connection = FakeConnection()
+    log.append(b"x" * 1000)
+    connection.open.clear()
+    connection.untaken = 1000
+    viewer = viewer_of(log, connection, write_timeout=0.2)
+    following = asyncio.create_task(viewer.follow())
+    for _ in range(20):
+        await asyncio.sleep(0.05)
+        connection.untaken -= 10
+    connection.open.set()
+    log.end()
+    await following
+    assert not viewer.stalled
+    assert connection.finished
+
+
+async def test_a_blocked_reader_is_sent_no_ping_on_top(log: ReplayLog) -> None:
+    connection = FakeConnection()
+    connection.open.clear()
+    following = asyncio.create_task(viewer_of(log, connection, heartbeat=0.05).follow())
+    await asyncio.sleep(0.3)
+    assert connection.written == [b"start\n\n"]
+    connection.open.set()
+    log.end()
+    await following
+
+
+async def test_a_viewer_that_is_cancelled_leaves_the_log(log: ReplayLog) -> None:
+    following = asyncio.create_task(viewer_of(log, FakeConnection()).follow())
+    await asyncio.sleep(0.01)
+    following.cancel()
+    await asyncio.wait([following])
+    assert following.cancelled()
+    assert not log._listeners
