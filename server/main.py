@@ -174,8 +174,9 @@ def _raise_descriptor_limit() -> int:
     """Take as many descriptors as the system gives, and return how many connections they carry: each may need two."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
+        with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it; then what there is must do
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
     return max(8, (soft - _SPARE_DESCRIPTORS) // 2)
 
 

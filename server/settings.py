@@ -244,7 +244,7 @@ class Settings:
     port: int = _option(_PORT, 4001, "the public listener's port; 0 = any free one")
     socket: str = _option(Reader("a path", _text), "", "a Unix socket's path, instead of host and port")
     admin_host: str = _option(
-        Reader("an address or host name", _read_host), "127.0.0.1", "the admin listener's address (health)"
+        Reader("an address or host name", _read_host), "127.0.0.1", "the admin listener's address: health"
     )
     admin_port: int = _option(_PORT, 4002, "the admin listener's port; 0 = off")
     system_prompt: str = _option(
@@ -254,8 +254,8 @@ class Settings:
     )
     max_tokens: int = _option(_integer(1, 1_000_000), 800, "LLM tokens an answer may have, sent upstream")
     temperature: float = _option(_number(0, 2), 0.3, "sent upstream")
-    max_query_chars: int = _option(_integer(1, 5000), 1000, "code points of a question, after trimming")
-    rate_limit: Rate | None = _option(_RATE, Rate(10, 60.0), "requests per seconds and client, a token bucket; off")
+    max_query_chars: int = _option(_integer(1, 100_000), 1000, "code points of a question, after trimming")
+    rate_limit: Rate | None = _option(_RATE, Rate(10, 60.0), "requests per seconds and client, a token bucket")
     max_streams_per_client: int = _option(_integer(1, 1_000_000), 8, "a client's streams open at once")
     max_streams: int = _option(_integer(1, 1_000_000), 10_000, "all streams open at once")
     trusted_proxies: TrustedProxies = _option(
@@ -268,17 +268,19 @@ class Settings:
         (),
         "origins whose pages may ask; empty = same origin only",
     )
-    connect_timeout: float = _option(_seconds(0.01, 300), 5.0, "to connect upstream, DNS and TLS included")
+    connect_timeout: float = _option(_seconds(0.01, 300), 5.0, "s to connect upstream, DNS and TLS included")
     first_token_timeout: float = _option(
-        _seconds(0.01, 3600), 30.0, "from the request sent to the first delta with content"
+        _seconds(0.01, 3600), 30.0, "s from the request sent to the first delta with content"
     )
-    idle_timeout: float = _option(_seconds(0.01, 3600), 20.0, "between two such deltas")
-    stream_timeout: float = _option(_seconds(0.01, 86_400), 60.0, "for the whole answer")
-    write_timeout: float = _option(_seconds(0.1, 3600), 30.0, "that a client may take no byte while bytes wait for it")
-    heartbeat: float = _option(_seconds(0.05, 3600), 15.0, "of silence before a ping is sent")
+    idle_timeout: float = _option(_seconds(0.01, 3600), 20.0, "s between two such deltas")
+    stream_timeout: float = _option(_seconds(0.01, 86_400), 60.0, "s for the whole answer")
+    write_timeout: float = _option(
+        _seconds(0.01, 3600), 30.0, "s that a client may take no byte while bytes wait for it"
+    )
+    heartbeat: float = _option(_seconds(0.01, 3600), 15.0, "s of silence before a ping is sent")
     retries: int = _option(_integer(0, 10), 2, "further tries before the first token")
-    max_answer_bytes: int = _option(_integer(4096, 1 << 30), 1 << 20, "bound of one answer's replay log")
-    drain_timeout: float = _option(_seconds(0, 86_400), 75.0, "that SIGTERM lets open streams finish")
+    max_answer_bytes: int = _option(_integer(1024, 1 << 30), 1 << 20, "bytes that one answer's replay log may hold")
+    drain_timeout: float = _option(_seconds(0, 86_400), 75.0, "s that SIGTERM lets open streams finish")
     log_format: str = _option(_choice("text", "json", "auto"), "auto", "auto = text on a terminal, else json")
     log_level: str = _option(_choice("debug", "info", "warning", "error"), "info", "the least level that is logged")
     log_prompts: bool = _option(Reader("true or false", _read_flag), False, "put questions and answers into the log")

@@ -1,0 +1,51 @@
+"""The README tells a stranger the truth."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from server import errors
+from server.settings import Option, describe, options, read_settings
+from tests.sluice_process import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("option", options(), ids=lambda option: option.variable)
+def test_each_setting_stands_in_the_table_with_its_default_and_meaning(option: Option) -> None:
+    row = next(line for line in README.splitlines() if line.startswith(f"| `{option.variable}` |"))
+    shown = describe(read_settings({}))[options().index(option)].partition("=")[2]
+    if option.name != "system_prompt":  # told in words
+        assert row == f"| `{option.variable}` | {f'`{shown}`' if shown else 'empty'} | {option.meaning} |"
+
+
+def test_no_setting_stands_in_the_table_that_does_not_work() -> None:
+    named = set(re.findall(r"`((?:SLUICE|LLM)_[A-Z_]+)", README))
+    assert named <= {option.variable for option in options()} | {"SLUICE_CONFIG", "LLM_API_KEY_FILE"}
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(((?!http)[^)#]+)\)", README))
+def test_what_it_links_to_is_there(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("name", re.findall(r"^  ([a-z_]+(?:\.py|/)) ", README, re.MULTILINE))
+def test_the_map_names_what_is_there(name: str) -> None:
+    assert (ROOT / "server" / name).exists()
+
+
+def test_every_error_code_is_documented() -> None:
+    codes = {
+        error.code
+        for error in vars(errors).values()
+        if isinstance(error, type) and issubclass(error, errors.RelayError) and error not in (errors.NotFound,)
+    }
+    assert codes <= set(re.findall(r"`([a-z_]+)`", README))
+
+
+def test_every_folder_of_the_server_is_on_the_map() -> None:
+    folders = {path.parent.name for path in Path(ROOT / "server").glob("*/__init__.py")}
+    assert folders <= set(re.findall(r"^  ([a-z_]+)/ ", README, re.MULTILINE))
