@@ -1,0 +1,62 @@
+// What the page says: numbers and outcomes as words. Pure functions, no DOM.
+
+export const countCodePoints = (text) => [...text].length; // as the server counts, where 👍 is one and its length two
+
+export const seconds = (ms) => `${(ms / 1000).toFixed(1)} s`;
+
+export const latency = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : seconds(ms));
+
+export const tokens = (count) => `${count.toLocaleString("en")} ${count === 1 ? "token" : "tokens"}`;
+
+// Tokens a second after the first one, which TTFT tells of; "–" where there is no such second.
+export function speed(count, ttftMs, durationMs) {
+  const elapsedMs = durationMs - ttftMs;
+  if (count < 2 || !(elapsedMs >= 1)) return "–";
+  const perSecond = ((count - 1) / elapsedMs) * 1000;
+  return perSecond < 100 ? perSecond.toFixed(1) : Math.round(perSecond).toLocaleString("en");
+}
+
+// Why the model ended, where that is not simply the end of what it had to say.
+const FINISHES = {
+  length: "The answer was cut at the token limit.",
+  content_filter: "The answer was cut by the content filter.",
+  tool_calls: "The model asked for a tool, and this page has none.",
+};
+
+export function done(count, durationMs, finishReason) {
+  const words = [`Done: ${tokens(count)} in ${seconds(durationMs)}`];
+  if (Object.hasOwn(FINISHES, finishReason)) words.push(FINISHES[finishReason]);
+  else if (count === 0) words.push("The model ended without a word.");
+  return words.length === 1 ? words[0] : words.join(". ");
+}
+
+export const stopped = (count) => (count === 0 ? "Stopped before the first token" : `Stopped after ${tokens(count)}`);
+
+const CAUSES = {
+  refused:
+    "The server refused or could not be reached: you may be asking too fast, or it is restarting. Wait a moment, then retry.",
+  offline: "You seem to be offline. Connect, then retry.",
+  lost: "The connection was lost.",
+  silent: "The connection went silent and was given up.",
+  unanswered: "The server did not answer in time.",
+};
+
+// The sentence for a failed end (stream.js says which there are); `count` tokens had come.
+export function failure({ cause, message, retryable }, count, online) {
+  const words = [];
+  if (cause === "reported") {
+    words.push(typeof message === "string" && message !== "" ? message : "The server reported an error.");
+    if (!retryable) words.push("Asking the same again is unlikely to help.");
+  } else {
+    words.push(CAUSES[cause === "refused" && !online ? "offline" : cause]);
+  }
+  if (count > 0) words.push("The answer is incomplete.");
+  return words.join(" ");
+}
+
+// What is wrong with a question of that length, or "".
+export function tooLong(length, limit) {
+  const over = length - limit;
+  if (over <= 0) return "";
+  return `Too long by ${over.toLocaleString("en")}: a question may have ${limit.toLocaleString("en")} characters.`;
+}
