@@ -1,6 +1,6 @@
 """Takes the README's picture of the page: the real server with its demo model, in the system's Chromium.
 
-    python -m ops.images.take
+python -m ops.images.take
 """
 
 from __future__ import annotations
