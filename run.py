@@ -16,6 +16,7 @@ from server.settings import Mistakes, describe, options, read_settings
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line a mistake, as for every other setting."""
+        message = message if message.isprintable() else repr(message)
         self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists what there is\n")
 
 
@@ -44,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.writelines(f"{line}\n" for line in mistakes.lines)
         return 2
     if given.check:
-        sys.stdout.writelines(f"{line}\n" for line in describe(settings))
+        code = sys.stdout.encoding
+        for line in describe(settings):  # a prompt may hold letters that the locale lacks; stderr escapes by itself
+            sys.stdout.write(f"{line}\n".encode(code, "backslashreplace").decode(code))
         return 0
     return run(settings, os.environ)
 

@@ -20,7 +20,7 @@ class Connections:
 
     aiohttp's keep-alive timeout is long, so that a proxy's idle connections live, and it is also its only limit on a
     request head that comes a byte at a time. So a new connection gets its own, shorter one here: one sweep a second
-    over those that have not spoken, oldest first. Beyond ``most`` connections a new one is closed at once, since a
+    over those that have not spoken. Beyond ``most`` connections a new one is closed at once, since a
     process out of file descriptors serves nobody.
     """
 
@@ -28,6 +28,8 @@ class Connections:
         self._most = most
         self._head_timeout = head_timeout
         self._silent: dict[web.RequestHandler, float] = {}  # those that have not spoken yet, with their deadline
+        self._open = 0  # at most so many: those that have left are noticed when it matters
+        self._arriving = 0  # of them, made but not among the server's connections yet
 
     async def __aenter__(self) -> Connections:
         self._loop = asyncio.get_running_loop()
@@ -43,8 +45,14 @@ class Connections:
         """The protocol factory for ``loop.create_server``."""
 
         def make() -> asyncio.Protocol:
-            if len(server.connections) >= self._most:
-                return _Refusal()
+            if self._open >= self._most:
+                self._open = len(server.connections) + self._arriving
+                if self._open >= self._most:
+                    return _Refusal()
+            self._open += 1
+            # asyncio makes the protocols of a whole burst before it connects the first of them.
+            self._arriving += 1
+            self._loop.call_soon(self._arrived)
             handler = server()
             self._silent[handler] = self._loop.time() + self._head_timeout
             return handler
@@ -55,14 +63,17 @@ class Connections:
         """A whole request head has come: aiohttp's keep-alive timeout takes over."""
         self._silent.pop(handler, None)
 
+    def _arrived(self) -> None:
+        self._arriving -= 1
+
     def _sweep(self) -> None:
         now = self._loop.time()
-        while self._silent:
-            handler, deadline = next(iter(self._silent.items()))
-            if deadline > now:
-                break
-            del self._silent[handler]
-            handler.force_close()
+        # Those who left without a word go, too: at a thousand a second they would be a lot of memory.
+        for handler, deadline in list(self._silent.items()):
+            arriving = deadline - now > self._head_timeout - _SWEEP
+            if deadline <= now or (handler.transport is None and not arriving):
+                del self._silent[handler]
+                handler.force_close()
         self._timer = self._loop.call_later(_SWEEP, self._sweep)
 
 

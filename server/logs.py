@@ -5,11 +5,15 @@ A line never holds a prompt, an answer, a secret, or the text of an exception (w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import logging.handlers
+import os
 import queue
 import re
+import select
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -20,6 +24,7 @@ __all__ = ["JsonFormatter", "TextFormatter", "log_event", "logging_to"]
 
 _FIELDS: Final = "sluice_fields"  # where a record keeps its fields
 _MAX_WAITING: Final = 10_000  # lines held while stderr's reader is slow; more are dropped and counted
+_LAST_LINES: Final = 1.0  # s that the end of the process waits for stderr's reader
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_.:/@+\-\[\]]+")
 
 
@@ -31,31 +36,76 @@ def log_event(logger: logging.Logger, level: int, event: str, **fields: Any) -> 
 
 
 @contextmanager
-def logging_to(stream: TextIO, *, form: str, level: str) -> Iterator[None]:
-    """Send all logging to ``stream`` while the context lasts; ``form`` is ``text`` or ``json``."""
-    lines: queue.Queue[Any] = queue.Queue(_MAX_WAITING)
-    writer = logging.StreamHandler(stream)
-    writer.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
-    listener = logging.handlers.QueueListener(lines, writer)
-    handler = _NeverBlocking(lines)
-    handler.addFilter(_soften_bad_requests)
-    root = logging.getLogger()
+def logging_to(stream: TextIO | None, *, form: str, level: str) -> Iterator[None]:
+    """Send all logging to ``stream`` while the context lasts; None (Python's stderr, where it is closed) takes nothing.
+
+    ``form`` is ``text``, ``json``, or ``auto``: text on a terminal, else JSON.
+    """
+    if form == "auto":
+        form = "text" if stream is not None and stream.isatty() else "json"
+    with contextlib.ExitStack() as stack:
+        if stream is None:  # takes the number 2, too: what prints to stderr in C must not print into a client's socket
+            stream = stack.enter_context(open(os.devnull, "w", encoding="ascii"))
+        lines: queue.Queue[logging.LogRecord | None] = queue.Queue(_MAX_WAITING)
+        handler = _NeverBlocking(lines)
+        handler.addFilter(_soften_bad_requests)
+        stack.enter_context(_handling_all(handler, level))
+        stack.enter_context(_writing(lines, stream.fileno(), JsonFormatter() if form == "json" else TextFormatter()))
+        yield
+
+
+@contextmanager
+def _handling_all(handler: logging.Handler, level: str) -> Iterator[None]:
+    """``handler`` and no other gets what is logged: of ours from ``level`` on, of libraries' their warnings."""
+    root, ours = logging.getLogger(), logging.getLogger("sluice")
+    handlers, root_level, our_level = root.handlers[:], root.level, ours.level
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    logging.getLogger("sluice").setLevel(level.upper())
-    logging.raiseExceptions = False  # a closed stderr is no reason to write to stderr
-    listener.start()
+    ours.setLevel(level.upper())
     try:
         yield
     finally:
-        root.removeHandler(handler)
-        listener.stop()
+        root.handlers[:] = handlers
+        root.setLevel(root_level)
+        ours.setLevel(our_level)
+
+
+@contextmanager
+def _writing(lines: queue.Queue[logging.LogRecord | None], descriptor: int, form: logging.Formatter) -> Iterator[None]:
+    """A thread writes what is queued. At the end it has a moment for what is left, but a reader that takes nothing
+    does not keep the process.
+
+    It writes to the descriptor and not through ``sys.stderr``: stuck in there it would hold that stream's lock, which
+    the interpreter needs at its end, or dies.
+    """
+
+    def write() -> None:
+        while (record := lines.get()) is not None:
+            with contextlib.suppress(Exception):  # a line that cannot be formatted or written is lost, the next may go
+                _write_all(descriptor, f"{form.format(record)}\n".encode("ascii", "backslashreplace"))
+
+    thread = threading.Thread(target=write, name="log writer", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(queue.Full):
+            lines.put(None, timeout=_LAST_LINES)
+            thread.join(_LAST_LINES)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        try:
+            data = data[os.write(descriptor, data) :]
+        except BlockingIOError:  # somebody who shares the terminal or pipe has made it non-blocking
+            select.select([], [descriptor], [])
 
 
 class _NeverBlocking(logging.handlers.QueueHandler):
     """Queues records for the writing thread; drops and counts what a full queue cannot take."""
 
-    def __init__(self, lines: queue.Queue[Any]) -> None:
+    def __init__(self, lines: queue.Queue[logging.LogRecord | None]) -> None:
         super().__init__(lines)
         self._dropped = 0
 
@@ -89,7 +139,8 @@ def _read(record: logging.LogRecord) -> dict[str, Any]:
     line: dict[str, Any] = {
         "time": f"{created}.{int(record.msecs):03d}Z",
         "level": record.levelname.lower(),
-        "event": record.getMessage(),
+        # The first line only: asyncio goes on with the repr of a task, and that with the text of its exception.
+        "event": record.getMessage().partition("\n")[0],
     }
     if not record.name.startswith("sluice"):
         line["logger"] = record.name
@@ -104,10 +155,10 @@ def _read(record: logging.LogRecord) -> dict[str, Any]:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; control characters are escaped by JSON itself, all others by ``ensure_ascii``."""
+    """One JSON object a line, of printable ASCII."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return json.dumps(_read(record), default=str)
+        return _json(_read(record))
 
 
 class TextFormatter(logging.Formatter):
@@ -115,10 +166,15 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line = _read(record)
-        head = f"{line.pop('time')} {line.pop('level'):<7} {line.pop('event')}"
+        head = f"{line.pop('time')} {line.pop('level'):<7} {_plain(line.pop('event'))}"
         return " ".join([head, *(f"{name}={_plain(value)}" for name, value in line.items())])
 
 
 def _plain(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if _PLAIN.fullmatch(text) else json.dumps(text)
+    text = value if isinstance(value, str) else _json(value)
+    return text if _PLAIN.fullmatch(text) else _json(text)
+
+
+def _json(value: Any) -> str:
+    """``value`` as JSON in printable ASCII: what JSON itself leaves of the control characters is DEL."""
+    return json.dumps(value, default=str).replace("\x7f", "\\u007f")

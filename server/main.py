@@ -23,13 +23,13 @@ from server.demo.model import DEMO_MODEL_NAME, demo_model
 from server.logs import log_event, logging_to
 from server.relay.desk import Desk
 from server.settings import Settings
-from server.sockets import CannotListen, bind_admin, bind_public, close_listener, url_of
+from server.sockets import BACKLOG, CannotListen, bind_admin, public_listener, url_of
 from server.systemd import Notifier
 
 __all__ = ["Serving", "open_server", "run"]
 
 _ROOT: Final = Path(__file__).resolve().parent.parent
-_BACKLOG: Final = 4096  # a storm of reconnecting browsers; the kernel caps it at net.core.somaxconn
+_ACCEPTED_AT_ONCE: Final = 4  # connections, before the first of them can be refused
 _FAREWELL: Final = 2.0  # s for viewers to take the last event once the drain is over
 _SPARE_DESCRIPTORS: Final = 64  # listeners, logs, the interpreter's own
 
@@ -43,10 +43,7 @@ _log = logging.getLogger("sluice.process")
 
 def run(settings: Settings, environment: Mapping[str, str]) -> int:
     """Serve until a signal; returns the exit status: 0, or 1 where an address could not be had."""
-    form = settings.log_format
-    if form == "auto":
-        form = "text" if sys.stderr.isatty() else "json"
-    with logging_to(sys.stderr, form=form, level=settings.log_level):
+    with logging_to(sys.stderr, form=settings.log_format, level=settings.log_level):
         try:
             return asyncio.run(_serve(settings, environment))
         except CannotListen as exc:
@@ -57,8 +54,8 @@ def run(settings: Settings, environment: Mapping[str, str]) -> int:
 async def _serve(settings: Settings, environment: Mapping[str, str]) -> int:
     async with contextlib.AsyncExitStack() as stack:
         signals = _Signals()
-        listener = bind_public(settings, environment)
-        stack.callback(close_listener, listener, settings)
+        stack.callback(signals.ignore)
+        listener = stack.enter_context(public_listener(settings, environment))
         admin_listener = bind_admin(settings)
         demo = not settings.llm_base_url
         if demo:
@@ -106,7 +103,12 @@ async def open_server(
             admin = await stack.enter_async_context(_running(create_admin_app(desk), settings))
             admin_server = await loop.create_server(_server_of(admin), sock=admin_listener)
             stack.callback(admin_server.close)
-        server = await loop.create_server(connections.factory(_server_of(public)), sock=listener, backlog=_BACKLOG)
+        # asyncio means two things by backlog: how long the kernel's queue is, and how many connections it takes out in
+        # one go, before the first of them can be refused. As many as that could use up all descriptors.
+        server = await loop.create_server(
+            connections.factory(_server_of(public)), sock=listener, backlog=_ACCEPTED_AT_ONCE
+        )
+        listener.listen(BACKLOG)
         stack.callback(server.close)
         yield Serving(desk, server)
 
@@ -189,6 +191,13 @@ class _Signals:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._arrived)
+
+    def ignore(self) -> None:
+        """Let no further signal change the exit status of a process that is about to end."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
 
     def _arrived(self) -> None:
         if self.first.is_set():

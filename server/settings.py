@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
-import math
+import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar, cast
+from typing import Any, Final, Generic, TypeVar
 
 from yarl import URL
 
@@ -51,11 +51,13 @@ class Mistakes(Exception):
 class Reader(Generic[T]):
     """Turns what stands in the environment (text) or in the file (a TOML value) into the setting.
 
-    ``read`` raises ValueError for what it does not take; ``takes`` says what it does.
+    ``read`` raises ValueError for what it does not take, with a reason that begins with "it " where there is more to
+    tell; ``takes`` says what it does. ``toml`` has the types that the file may use; the environment has only text.
     """
 
     takes: str
     read: Callable[[Any], T]
+    toml: tuple[type, ...] = (str,)
 
 
 def _text(value: Any) -> str:
@@ -68,22 +70,22 @@ def _integer(low: int, high: int) -> Reader[int]:
     def read(value: Any) -> int:
         if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value):
             value = int(value)
-        if type(value) is not int or not low <= value <= high:
+        if not isinstance(value, int) or not low <= value <= high:
             raise ValueError
         return value
 
-    return Reader(f"an integer from {low} to {high}", read)
+    return Reader(f"an integer from {low} to {high}", read, toml=(int,))
 
 
 def _number(low: float, high: float, unit: str = "") -> Reader[float]:
     def read(value: Any) -> float:
         if isinstance(value, str) and re.fullmatch(r"[+-]?([0-9]{1,18}(\.[0-9]*)?|\.[0-9]+)", value):
             value = float(value)
-        if type(value) not in (int, float) or not (math.isfinite(value) and low <= value <= high):
+        if isinstance(value, str) or not low <= value <= high:  # not where it is NaN, either
             raise ValueError
         return float(value)
 
-    return Reader(f"{unit or 'a number'} from {low:g} to {high:g}", read)
+    return Reader(f"{unit or 'a number'} from {low:g} to {high:g}", read, toml=(int, float))
 
 
 def _seconds(low: float, high: float) -> Reader[float]:
@@ -94,33 +96,40 @@ def _choice(*names: str) -> Reader[str]:
     def read(value: Any) -> str:
         if value not in names:
             raise ValueError
-        return cast("str", value)
+        return _text(value)
 
     return Reader("one of " + ", ".join(names), read)
 
 
 def _read_flag(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    return {"true": True, "false": False}[value] if value in ("true", "false") else _refuse()
-
-
-def _refuse() -> Any:
-    raise ValueError
+    if value in ("true", "false"):
+        return bool(value == "true")
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
 
 
 def _read_base_url(value: Any) -> str:
     text = _text(value).strip()
     if not text:
         return ""
-    url = URL(text)
-    if url.scheme not in ("http", "https") or not url.host or url.port is None:
+    url = _parse_url(text)
+    if url.scheme not in ("http", "https") or not url.host or not url.port:
         raise ValueError
+    if " " in text or not text.isprintable():  # yarl would drop or quote them
+        raise ValueError("it holds a space or a control character")
     if url.user is not None or url.password is not None:
         raise ValueError("it holds a user name or password; the key belongs into LLM_API_KEY")
-    if url.raw_query_string or url.raw_fragment:
+    if "?" in text or "#" in text:
         raise ValueError("it has a query or fragment, which /chat/completions could not follow")
     return text.rstrip("/")
+
+
+def _parse_url(text: str) -> URL:
+    try:
+        return URL(text)
+    except IndexError as exc:  # what yarl 1.25 makes of http://[]@
+        raise ValueError from exc
 
 
 def _read_key(value: Any) -> str:
@@ -140,6 +149,13 @@ def _read_name(value: Any) -> str:
 def _read_host(value: Any) -> str:
     text = _text(value).strip()
     if not re.fullmatch(r"[A-Za-z0-9._:%-]{1,253}", text):
+        raise ValueError
+    return text
+
+
+def _read_path(value: Any) -> str:
+    text = _text(value)
+    if "\0" in text or len(os.fsencode(text)) > 107:  # sun_path has 108 bytes, a NUL at the end (unix(7))
         raise ValueError
     return text
 
@@ -191,9 +207,9 @@ def _read_origins(value: Any) -> tuple[str, ...]:
     for origin in origins:
         if origin == "*" and len(origins) == 1:
             continue
-        url = URL(origin)
+        url = _parse_url(origin)
         if url.scheme not in ("http", "https") or not url.host or str(url.origin()) != origin:
-            raise ValueError(f"{origin!r} is no origin as browsers write it")
+            raise ValueError(f"it has {_printable(repr(origin))}, which is no origin as browsers write it")
     return tuple(origins)
 
 
@@ -242,7 +258,9 @@ class Settings:
     llm_model: str = _option(Reader("a model's name", _read_name), "gpt-4o-mini", "the model asked for")
     host: str = _option(Reader("an address or host name", _read_host), "127.0.0.1", "the public listener's address")
     port: int = _option(_PORT, 4001, "the public listener's port; 0 = any free one")
-    socket: str = _option(Reader("a path", _text), "", "a Unix socket's path, instead of host and port")
+    socket: str = _option(
+        Reader("a path of at most 107 bytes", _read_path), "", "a Unix socket's path, instead of host and port"
+    )
     admin_host: str = _option(
         Reader("an address or host name", _read_host), "127.0.0.1", "the admin listener's address: health"
     )
@@ -259,12 +277,12 @@ class Settings:
     max_streams_per_client: int = _option(_integer(1, 1_000_000), 8, "a client's streams open at once")
     max_streams: int = _option(_integer(1, 1_000_000), 10_000, "all streams open at once")
     trusted_proxies: TrustedProxies = _option(
-        Reader("a comma list of addresses, networks and unix", _read_proxies),
+        Reader("a comma list of addresses, networks and unix", _read_proxies, toml=(str, list)),
         _read_proxies("127.0.0.0/8,::1/128,unix"),
         "peers that may name the client with X-Forwarded-For or X-Real-IP",
     )
     cors_origins: tuple[str, ...] = _option(
-        Reader("a comma list of origins such as https://example.com, or *", _read_origins),
+        Reader("a comma list of origins such as https://example.com, or *", _read_origins, toml=(str, list)),
         (),
         "origins whose pages may ask; empty = same origin only",
     )
@@ -283,7 +301,9 @@ class Settings:
     drain_timeout: float = _option(_seconds(0, 86_400), 75.0, "s that SIGTERM lets open streams finish")
     log_format: str = _option(_choice("text", "json", "auto"), "auto", "auto = text on a terminal, else json")
     log_level: str = _option(_choice("debug", "info", "warning", "error"), "info", "the least level that is logged")
-    log_prompts: bool = _option(Reader("true or false", _read_flag), False, "put questions and answers into the log")
+    log_prompts: bool = _option(
+        Reader("true or false", _read_flag, toml=(bool,)), False, "put questions and answers into the log"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +354,8 @@ def _as_text(value: Any) -> str:
         case tuple():
             return ",".join(map(str, value))
         case _:
-            return str(value)
+            text = str(value)
+            return text if text.isprintable() else repr(text)  # one line, whatever a prompt holds
 
 
 # ---- Reading
@@ -350,46 +371,50 @@ def read_settings(
     """
     known = options()
     mistakes: list[str] = []
-    found: dict[str, tuple[str, Any]] = {}  # by name: where it stood, and what
+    found: dict[str, tuple[str, Any, tuple[type, ...]]] = {}  # by name: where it stood, what, and as what it may stand
 
     path = config or environment.get(CONFIG_VARIABLE)
     if path:
-        for name, value in _read_file(path, mistakes).items():
-            found[name] = (f"{name} in {path}", value)
-        _report_unknown(list(found), [option.name for option in known], f" in {path}", mistakes)
+        values = _read_file(path, mistakes)
+        _report_unknown(list(values), [option.name for option in known], f" in {_printable(path)}", mistakes)
+        for option in known:
+            if option.name in values:
+                found[option.name] = (f"{option.name} in {_printable(path)}", values[option.name], option.reader.toml)
     for option in known:
         if option.secret and (text := _read_secret(option, environment, mistakes)) is not None:
-            found[option.name] = text
+            found[option.name] = (*text, (str,))
         elif option.variable in environment:
-            found[option.name] = (option.variable, environment[option.variable])
+            found[option.name] = (option.variable, environment[option.variable], (str,))
     for name, value in (overrides or {}).items():
-        found[name] = (f"--{name.replace('_', '-')}", value)
+        found[name] = (f"--{name.replace('_', '-')}", value, (str,))
     accepted = {option.variable for option in known} | {f"{option.variable}_FILE" for option in known if option.secret}
     strangers = [name for name in environment if name.startswith(_PREFIX) and name != CONFIG_VARIABLE]
     _report_unknown(strangers, sorted(accepted), "", mistakes)
 
-    values: dict[str, Any] = {}
+    accepted_values: dict[str, Any] = {}
     for option in known:
         if option.name in found:
-            where, value = found[option.name]
+            where, value, types = found[option.name]
             try:
-                values[option.name] = option.reader.read(value)
-            except (ValueError, TypeError) as exc:
+                if type(value) not in types:  # exactly: TOML's true is an int to isinstance
+                    raise ValueError
+                accepted_values[option.name] = option.reader.read(value)
+            except ValueError as exc:
                 mistakes.append(f"{where}: got {_quote(option, value)}, takes {option.reader.takes}{_because(exc)}")
     if mistakes:
         raise Mistakes(mistakes)
-    return Settings(**values)
+    return Settings(**accepted_values)
 
 
 def _read_file(path: str, mistakes: list[str]) -> dict[str, Any]:
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as exc:
-        mistakes.append(f"{path}: the configuration file cannot be read ({exc.strerror})")
-    except UnicodeDecodeError:
-        mistakes.append(f"{path}: the configuration file is not UTF-8")
+        return tomllib.loads(_read_text(path))
+    except _Unreadable as exc:
+        mistakes.append(f"{_printable(path)}: the configuration file cannot be read ({exc})")
     except tomllib.TOMLDecodeError as exc:
-        mistakes.append(f"{path}: the configuration file is not TOML ({str(exc).splitlines()[0]})")
+        mistakes.append(f"{_printable(path)}: the configuration file is not TOML ({_printable(str(exc))})")
+    except (ValueError, RecursionError):  # an integer of 4301 digits; arrays a thousand deep
+        mistakes.append(f"{_printable(path)}: the configuration file is not TOML that can be read")
     return {}
 
 
@@ -401,20 +426,36 @@ def _read_secret(option: Option, environment: Mapping[str, str], mistakes: list[
             mistakes.append(f"{file_variable}: {option.variable} is set too; takes one of the two")
         return option.variable, environment[option.variable]
     if file_variable in environment:
-        path, where = Path(environment[file_variable]), file_variable
+        path, where = environment[file_variable], file_variable
     elif directory := environment.get("CREDENTIALS_DIRECTORY"):
-        path, where = Path(directory) / option.name, f"the credential {option.name}"
-        if not path.exists():
-            return None
+        path, where = f"{directory}/{option.name}", f"the credential {option.name}"
     else:
         return None
     try:
-        return where, path.read_text(encoding="utf-8")
-    except OSError as exc:
-        mistakes.append(f"{where}: {path} cannot be read ({exc.strerror}); takes the path of a readable file")
-    except UnicodeDecodeError:
-        mistakes.append(f"{where}: {path} is not text; takes the path of a file with the secret in it")
+        return where, _read_text(path)
+    except _Unreadable as exc:
+        if where == file_variable or not exc.absent:  # systemd's directory may hold other credentials only
+            mistakes.append(f"{where}: {_printable(path)} cannot be read ({exc}); takes the path of a readable file")
     return None
+
+
+class _Unreadable(Exception):
+    """A file that cannot be read; ``str()`` says why. ``absent``: because there is none."""
+
+    def __init__(self, reason: str, *, absent: bool = False) -> None:
+        super().__init__(reason)
+        self.absent = absent
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as exc:
+        raise _Unreadable(str(exc.strerror), absent=isinstance(exc, FileNotFoundError)) from exc
+    except UnicodeDecodeError as exc:
+        raise _Unreadable("it is not UTF-8") from exc
+    except ValueError as exc:  # NUL, or what no file name can be
+        raise _Unreadable("it is no path") from exc
 
 
 def _report_unknown(names: list[str], known: list[str], where: str, mistakes: list[str]) -> None:
@@ -428,7 +469,7 @@ def _report_unknown(names: list[str], known: list[str], where: str, mistakes: li
 def _quote(option: Option, value: Any) -> str:
     if option.secret:
         return "a value that is not shown"
-    if option.name == "llm_base_url" and isinstance(value, str) and "@" in value:
+    if option.name == "llm_base_url" and "@" in str(value):
         return "a URL with '@' in it"  # what stands before it may be a password
     return _printable(repr(value))
 

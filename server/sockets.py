@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import socket
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from server.settings import Settings
 
-__all__ = ["CannotListen", "bind_admin", "bind_public", "close_listener", "url_of"]
+__all__ = ["BACKLOG", "CannotListen", "bind_admin", "public_listener", "url_of"]
+
+BACKLOG: Final = 4096  # a storm of reconnecting browsers; the kernel caps it at net.core.somaxconn
 
 _FIRST_PASSED_DESCRIPTOR: Final = 3  # sd_listen_fds(3)
 
@@ -23,19 +27,24 @@ class CannotListen(OSError):
     """The address cannot be had; ``str()`` is the line for the operator."""
 
 
-def bind_public(settings: Settings, environment: Mapping[str, str]) -> socket.socket:
+@contextlib.contextmanager
+def public_listener(settings: Settings, environment: Mapping[str, str]) -> Iterator[socket.socket]:
     """The public listener: systemd's socket if there is one, else the Unix socket, else host and port.
 
-    Raises CannotListen.
+    Closed at the end, and the name of a Unix socket goes with it, if it is ours: not systemd's, nor that of another
+    process which has taken our place meanwhile. Raises CannotListen.
     """
-    if environment.get("LISTEN_PID") == str(os.getpid()) and int(environment.get("LISTEN_FDS", "0")) >= 1:
-        listener = socket.socket(fileno=_FIRST_PASSED_DESCRIPTOR)
-    elif settings.socket:
-        listener = _bind_unix(settings.socket)
-    else:
-        listener = _bind_tcp(settings.host, settings.port)
-    _tune(listener, settings.write_timeout)
-    return listener
+    with contextlib.ExitStack() as stack:
+        if _is_passed(environment):
+            listener = _take_passed()
+        elif settings.socket:
+            listener = _bind_unix(settings.socket)
+            stack.callback(_unlink_if_same, settings.socket, _identity(settings.socket))
+        else:
+            listener = _bind_tcp(settings.host, settings.port)
+        with listener:
+            _tune(listener, settings.write_timeout)
+            yield listener
 
 
 def bind_admin(settings: Settings) -> socket.socket | None:
@@ -51,18 +60,8 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def close_listener(listener: socket.socket, settings: Settings) -> None:
-    """Close it, and take our own Unix socket's name away (never one that systemd owns)."""
-    ours = listener.family == socket.AF_UNIX and listener.getsockname() == settings.socket
-    listener.close()
-    if ours:
-        with contextlib.suppress(OSError):
-            os.unlink(settings.socket)
-
-
 def _tune(listener: socket.socket, write_timeout: float) -> None:
     """Options that accepted connections inherit from the listening socket."""
-    listener.setblocking(False)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
     if listener.family != socket.AF_UNIX:
         # A client that vanished without a FIN, or that takes nothing after its answer has ended: the kernel gives up
@@ -70,43 +69,79 @@ def _tune(listener: socket.socket, write_timeout: float) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(write_timeout * 1000))
 
 
+def _is_passed(environment: Mapping[str, str]) -> bool:
+    count = environment.get("LISTEN_FDS", "")
+    return environment.get("LISTEN_PID") == str(os.getpid()) and bool(re.fullmatch("0*[1-9][0-9]*", count))
+
+
+def _take_passed() -> socket.socket:
+    try:
+        listener = socket.socket(fileno=_FIRST_PASSED_DESCRIPTOR)
+        listener.set_inheritable(False)  # systemd passed it to us, not to our children
+    except OSError as exc:
+        raise CannotListen(f"cannot listen on the passed descriptor 3: {exc.strerror}") from exc
+    return _listen(listener, "the passed descriptor 3")
+
+
 def _bind_tcp(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
+    except UnicodeError as exc:  # a label of 64 characters, or an empty one
+        raise CannotListen(f"cannot listen on {host}: it is no host name") from exc
     except OSError as exc:
         raise CannotListen(f"cannot listen on {host}: {exc.strerror or exc}") from exc
     listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for TIME_WAIT
-        listener.bind(address)
-        listener.setblocking(False)
-    except OSError as exc:
-        listener.close()
-        raise CannotListen(f"cannot listen on {host} port {port}: {exc.strerror}") from exc
-    return listener
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for TIME_WAIT
+    return _listen(listener, f"{host} port {port}", address)
 
 
 def _bind_unix(path: str) -> socket.socket:
     """Bind ``path``, in place of a socket that a killed process left there, but not of one that is in use."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if _is_stale(path):
+    if _is_stale(path):
+        with contextlib.suppress(OSError):
             os.unlink(path)
-        listener.bind(path)
-        os.chmod(path, 0o660)
+    return _listen(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), path, path)
+
+
+def _listen(listener: socket.socket, name: str, address: str | tuple[object, ...] | None = None) -> socket.socket:
+    """Bind it, where there is an address, and listen at once: another process that starts now must find it in use."""
+    try:
+        if address is not None:
+            listener.bind(address)
+            if listener.family == socket.AF_UNIX:
+                os.chmod(name, 0o660)  # before anybody can connect
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
     except OSError as exc:
         listener.close()
-        raise CannotListen(f"cannot listen on {path}: {exc.strerror or exc}") from exc
+        raise CannotListen(f"cannot listen on {name}: {exc.strerror or exc}") from exc
     return listener
 
 
 def _is_stale(path: str) -> bool:
+    """Whether a socket is there to which nobody listens any more; anything else (a full queue, too) is not ours."""
     try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
             return False
     except OSError:
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        return probe.connect_ex(path) != 0
+        probe.setblocking(False)  # else it would wait for a place in a full queue
+        return probe.connect_ex(path) == errno.ECONNREFUSED
+
+
+def _identity(path: str) -> tuple[int, int, int] | None:
+    """What tells a socket's name from a later one: inode numbers are used again, so its time of birth, too."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns
+
+
+def _unlink_if_same(path: str, identity: tuple[int, int, int] | None) -> None:
+    if identity is not None and _identity(path) == identity:
+        with contextlib.suppress(OSError):
+            os.unlink(path)

@@ -12,7 +12,7 @@ import pytest
 from server.main import Serving, open_server
 from server.relay.desk import Desk
 from server.settings import read_settings
-from server.sockets import bind_public, url_of
+from server.sockets import public_listener, url_of
 from tests.sluice_process import SluiceProcess
 from tests.upstream_sim import ScriptedUpstream
 
@@ -50,8 +50,7 @@ async def serve(upstream: ScriptedUpstream) -> AsyncIterator[Serve]:
 
         async def start(**environment: str) -> InProcess:
             settings = read_settings({"LLM_BASE_URL": upstream.base_url, "SLUICE_PORT": "0"} | environment)
-            listener = bind_public(settings, {})
-            stack.callback(listener.close)
+            listener = stack.enter_context(public_listener(settings, {}))
             return InProcess(await stack.enter_async_context(open_server(settings, listener)), url_of(listener))
 
         yield start

@@ -16,7 +16,7 @@ from server.api.keys import SETTINGS
 from server.api.middleware.client_address import from_trusted_proxy
 from server.errors import MethodNotAllowed, OriginNotAllowed
 
-__all__ = ["API_PREFIXES", "check_origin", "is_api"]
+__all__ = ["API_PREFIXES", "allowed_methods", "check_origin", "is_api"]
 
 API_PREFIXES: Final = ("/api/", "/v1/")
 
@@ -61,7 +61,7 @@ def _own_origin(request: web.Request) -> str | None:
         scheme = forwarded if forwarded in {"http", "https"} else scheme
     try:
         return str(URL(f"{scheme}://{request.headers.get('Host', '').lower()}").origin())
-    except ValueError:
+    except (ValueError, IndexError):  # the latter is yarl's for a host of []
         return None
 
 
