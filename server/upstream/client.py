@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from types import SimpleNamespace, TracebackType
 from typing import Any, Final
@@ -125,6 +126,7 @@ class UpstreamClient:
                 allow_redirects=False,  # a 307 would send the prompt elsewhere
                 trace_request_ctx=trace,
             ) as response:
+                _end_body_with_connection(response)
                 await _check_head(response)
                 await _AnswerBody(response, sink, done).read()
         except AttemptFailed:
@@ -218,12 +220,18 @@ def parse_retry_after(value: str | None) -> float | None:
     if value.isascii() and value.isdigit():
         return float(value[:10])
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        date = parsedate_to_datetime(value)
+        if date.tzinfo is None:  # asctime's form names no zone; all of HTTP's dates are in UTC (§5.6.7)
+            date = date.replace(tzinfo=UTC)
+        return max(0.0, date.timestamp() - time.time())
     except (ValueError, OverflowError):
         return None
 
 
 # ---- The body
+
+# What reading a body can raise. RuntimeError is aiohttp's for reading on after the connection has closed.
+_BREAKS: Final = (aiohttp.ClientError, OSError, RuntimeError)
 
 
 class _AnswerBody:
@@ -239,17 +247,22 @@ class _AnswerBody:
         self._over = False  # [DONE] has come
 
     async def read(self) -> None:
-        try:
-            while not self._over and (data := await self._content.readany()):
-                await self._take(data)
-        except (aiohttp.ClientError, OSError) as exc:
-            await self._take(_left_behind(self._content))
-            if not (self._over or self._finished):
-                raise _translate_break(exc) from exc
+        broken = None
+        while not self._over:
+            try:
+                data = await self._content.readany()
+            except _BREAKS as exc:
+                broken = exc
+                data = _left_behind(self._content)
+            await self._take(data)
+            if broken or not data:
+                break
         if self._over:
             await self._read_past_done()
         elif self._finished:
             self._done()
+        elif broken:
+            raise _translate_break(broken) from broken
         else:
             raise AttemptFailed(UpstreamIncomplete(), "closed before its end", again=True)
 
@@ -289,6 +302,8 @@ class _AnswerBody:
         try:
             chunk = decode_chunk(event.data)
         except MalformedChunk:
+            if event.type == b"error":
+                raise _failed_in_stream(None) from None
             self._malformed += 1
             if self._malformed > MAX_MALFORMED_EVENTS:
                 raise AttemptFailed(UpstreamInvalid(), f"more than {MAX_MALFORMED_EVENTS} malformed events") from None
@@ -306,8 +321,39 @@ class _AnswerBody:
                 left = _MAX_ERROR_BODY
                 while left > 0 and (data := await self._content.readany()):
                     left -= len(data)
-        except (TimeoutError, aiohttp.ClientError, OSError):
+        except (TimeoutError, *_BREAKS):
             pass
+
+
+def _end_body_with_connection(response: aiohttp.ClientResponse) -> None:
+    """Make the body end no later than its connection.
+
+    Where the body's framing is wrong (a chunk size that is no number), aiohttp closes the connection and tells nobody
+    who reads the body: the reader would wait until a time limit ends the answer.
+    """
+    content = response.content
+    # None where the whole response has come already; compared with None, since an idle protocol is false.
+    protocol = None if response.connection is None else response.connection.protocol
+    if protocol is None or (closed := protocol.closed) is None:
+        return
+
+    def end(_: asyncio.Future[None]) -> None:
+        if not content.is_eof() and content.exception() is None:
+            content.set_exception(aiohttp.ClientPayloadError("the connection closed inside the body"))
+
+    def forget() -> None:
+        closed.remove_done_callback(end)
+
+    closed.add_done_callback(end)
+    content.on_eof(forget)  # the connection may live on, for other requests
+    closed.remove_done_callback(_take_note)  # once a connection, however often it is used
+    closed.add_done_callback(_take_note)
+
+
+def _take_note(closed: asyncio.Future[None]) -> None:
+    """Look at how a connection ended: asyncio logs an error for each exception that nobody looked at."""
+    if not closed.cancelled():
+        closed.exception()
 
 
 def _left_behind(content: aiohttp.StreamReader) -> bytes:
@@ -339,7 +385,7 @@ def _translate(exc: aiohttp.ClientError | OSError, *, reused: bool) -> AttemptFa
     return AttemptFailed(UpstreamInvalid(), "not HTTP")
 
 
-def _translate_break(exc: aiohttp.ClientError | OSError) -> AttemptFailed:
+def _translate_break(exc: Exception) -> AttemptFailed:
     """What ended the body before its end."""
     if isinstance(exc.__cause__, ContentEncodingError):
         return AttemptFailed(UpstreamInvalid(), "a content encoding that does not decode")

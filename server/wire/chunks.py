@@ -63,7 +63,8 @@ def decode_chunk(data: bytes) -> Chunk:
     value = decode_json(data)
     if not isinstance(value, dict):
         raise MalformedChunk("not a JSON object")
-    if (error := value.get("error")) is not None:
+    error = value.get("error")
+    if isinstance(error, dict) or (isinstance(error, str) and error):
         return Chunk(error=error)
     deltas: tuple[Delta, ...] = ()
     finish_reason = None
