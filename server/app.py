@@ -15,6 +15,7 @@ from server.api.browser import ask
 from server.api.keys import BUCKETS, CONNECTIONS, DESK, REQUEST_ID, SENT_STATUS, SETTINGS
 from server.api.middleware.client_address import find_client
 from server.api.middleware.errors import answer_errors
+from server.api.middleware.head import bound_head
 from server.api.middleware.origin import allowed_methods, check_origin, is_api
 from server.api.middleware.rate_limit import limit_rate, rate_limit_headers
 from server.api.middleware.request_id import name_request
@@ -41,7 +42,7 @@ def create_app(settings: Settings, connections: Connections, *, demo: bool = Fal
     app = web.Application(
         # Outermost first. The log sees every outcome, errors become answers inside it, and nothing is spent before the
         # origin is known to be welcome.
-        middlewares=[name_request, log_request, find_client, answer_errors, check_origin, limit_rate],
+        middlewares=[name_request, log_request, find_client, answer_errors, bound_head, check_origin, limit_rate],
         client_max_size=_MAX_BODY,
     )
     app[SETTINGS] = settings
@@ -112,8 +113,8 @@ async def _refuse_path(request: web.Request) -> web.StreamResponse:
 async def _stamp(request: web.Request, response: web.StreamResponse) -> None:
     """The headers that every answer carries; called as its head is about to go out."""
     request[SENT_STATUS] = response.status
-    response.headers["Server"] = "sluice"
-    response.headers["X-Request-ID"] = request[REQUEST_ID]
+    if REQUEST_ID in request:  # not where an expectation failed: aiohttp refuses that before any middleware
+        response.headers["X-Request-ID"] = request[REQUEST_ID]
     response.headers["X-Content-Type-Options"] = "nosniff"
     if is_api(request):
         response.headers["Vary"] = "Origin"

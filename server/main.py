@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from aiohttp import web
+from aiohttp import web, web_response
 
 from server.api.keys import DESK
 from server.app import create_admin_app, create_app
@@ -37,6 +37,9 @@ _SPARE_DESCRIPTORS: Final = 64  # listeners, logs, the interpreter's own
 _MIN_LINE: Final = 16_384  # bytes: 1000 emoji of q are 12 kB
 _KEEPALIVE: Final = 75.0  # s: longer than a load balancer's usual 60, so that it is never us who close under its hands
 _LINGER: Final = 2.0  # s that the rest of a refused body is read and dropped
+
+# aiohttp names itself, Python and both versions in every answer, and in those to what is no HTTP asks nobody.
+web_response.SERVER_SOFTWARE = "sluice"  # type: ignore[attr-defined]
 
 _log = logging.getLogger("sluice.process")
 

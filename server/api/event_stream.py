@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import socket
 import struct
 import termios
 from typing import Final
@@ -24,11 +26,16 @@ _HEADERS: Final = CIMultiDict(
 )
 
 
+_RST_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # struct linger: on, for 0 s (socket(7))
+
+
 async def show(request: web.Request, desk: Desk, answer: Answer) -> web.StreamResponse:
     """Stream ``answer`` to the client until its end, or until the client leaves."""
     response = web.StreamResponse(headers=_HEADERS)
     if request.version >= (1, 1):
         response.headers["Connection"] = "keep-alive"
+    else:
+        response.force_close()  # HTTP/1.0 has no chunks: only the close tells where the answer ends
     connection = _ResponseConnection(request, response)
     with desk.viewing(answer, connection) as viewer:
         try:
@@ -64,6 +71,13 @@ class _ResponseConnection:
     def abort(self) -> None:
         if self._request.transport is not None:
             self._request.transport.abort()
+
+    def reset(self) -> None:
+        transport = self._request.transport
+        if transport is not None and (sock := transport.get_extra_info("socket")) is not None:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
+        self.abort()
 
 
 def _send_queue_bytes(descriptor: int) -> int:

@@ -30,7 +30,10 @@ class Connection(Protocol):
         """Bytes sent that the client's side has not acknowledged, in our buffers and the kernel's."""
 
     def abort(self) -> None:
-        """Drop the connection at once, with whatever it still holds; a waiting write ends."""
+        """Drop the connection at once; a waiting write ends. The kernel goes on with what it holds already."""
+
+    def reset(self) -> None:
+        """Drop the connection at once, with whatever the kernel holds for it."""
 
 
 class Viewer:
@@ -99,7 +102,7 @@ class Viewer:
         self._taken_bytes = taken
         if now - self._taken_at >= self._write_timeout:
             self.stalled = True
-            self._connection.abort()
+            self._connection.reset()  # it had its time to take what the kernel holds
             return
         if now - self._sent_at >= self._heartbeat:
             self._more.set()

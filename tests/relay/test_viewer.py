@@ -44,6 +44,9 @@ class FakeConnection:
         self.aborted = True
         self.open.set()
 
+    def reset(self) -> None:
+        self.abort()
+
 
 @pytest.fixture
 def log() -> ReplayLog:

@@ -41,6 +41,7 @@ class Call:
         self.began_at = asyncio.get_running_loop().time()  # s, loop clock
         self.gone_at: float | None = None  # s, loop clock: when the asker's FIN or RST arrived
         self.gone_how: str | None = None  # "fin" or "rst"
+        self.ended = False  # the answer has its end; the connection may live on, in the asker's pool
         self.error: BaseException | None = None  # what the script died of
         self._gone = asyncio.Event()
 
@@ -50,8 +51,8 @@ class Call:
 
     @property
     def open(self) -> bool:
-        """Whether the asker still holds the connection and the script has not closed it."""
-        return self.gone_at is None and not self._connection.transport.is_closing()
+        """Whether the answer is still under way and both sides hold the connection."""
+        return not self.ended and self.gone_at is None and not self._connection.transport.is_closing()
 
     async def send(self, data: bytes) -> None:
         """Put raw bytes on the wire."""
@@ -95,6 +96,7 @@ class Call:
 
     async def end(self) -> None:
         """End the body as its framing asks, keeping the connection where it may be kept."""
+        self.ended = True
         if self._chunked:
             await self.send(b"0\r\n\r\n")
         elif self._until_close:
@@ -106,6 +108,7 @@ class Call:
             {"error": error or {"message": "scripted", "type": "x", "param": None, "code": None}}
         ).encode()
         await self.head(status, "application/json", Content_Length=str(len(body)), **headers)
+        self.ended = True
         await self.send(body)
 
     def close(self) -> None:

@@ -17,8 +17,7 @@ VECTORS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "vectors" / 
 
 # Every kind of line end, a character of each length, fields with and without space, a comment inside an event.
 MIXED = (
-    "\ufeffdata: a\r\n\r\n: note\ndata:é中😀\rdata\r\r"
-    "event: x\nid: 7\n:inside\ndata: last\n\nretry: 12\r\n\ndata: cut"
+    "\ufeffdata: a\r\n\r\n: note\ndata:é中😀\rdata\r\revent: x\nid: 7\n:inside\ndata: last\n\nretry: 12\r\n\ndata: cut"
 ).encode()
 
 

@@ -32,7 +32,7 @@ async def check_origin(request: web.Request, handler: Handler) -> web.StreamResp
         if not _may_ask(request):
             raise OriginNotAllowed
         if request.method == "OPTIONS" and not _is_preflight(request):
-            raise MethodNotAllowed("OPTIONS", allowed_methods(request))
+            raise MethodNotAllowed("OPTIONS", allowed_methods(request) - {"OPTIONS"})
     return await handler(request)
 
 
