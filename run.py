@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -46,7 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.writelines(f"{line}\n" for line in mistakes.lines)
         return 2
     if given.check:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # into head, say: it has seen enough, and that is no error
         code = sys.stdout.encoding
         for line in describe(settings):  # a prompt may hold letters that the locale lacks; stderr escapes by itself
             sys.stdout.write(f"{line}\n".encode(code, "backslashreplace").decode(code))
