@@ -95,6 +95,8 @@ class Desk:
         try:
             yield viewer
         finally:
+            if viewer.stalled:
+                log_event(_log, logging.INFO, "viewer_stalled", id=answer.id, client=answer.client)
             self._connections.discard(connection)
             self._viewers[answer].discard(viewer)
             if not self._viewers[answer]:
