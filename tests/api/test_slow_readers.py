@@ -177,7 +177,7 @@ async def test_many_readers_that_take_nothing_cost_a_bounded_memory(launch: Laun
         await until(lambda: len(sluice.events("stream_end")) == count + warm_up, within=20)
         growth = resident_bytes(sluice.pid) - resident
         print(f"{count} readers that take nothing: {growth / count / 1024:.0f} KiB each, log included")
-        # Half a log on top: a bytearray grows by an eighth, and the allocator keeps some of what the flood passed through.
+        # Half a log on top: a bytearray grows by an eighth, and the allocator keeps some of what passed through it.
         assert growth < count * (300_000 + log * 3 // 2)
         await until(lambda: descriptors(sluice.pid) <= before + 8, within=25)
     assert {event["outcome"] for event in sluice.events("stream_end")} <= {"too_large", "client_gone"}
