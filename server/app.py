@@ -16,7 +16,14 @@ from server.api.keys import BUCKETS, CONNECTIONS, DESK, REQUEST_ID, SENT_STATUS,
 from server.api.middleware.client_address import find_client
 from server.api.middleware.errors import answer_errors
 from server.api.middleware.head import bound_head
-from server.api.middleware.origin import allowed_methods, check_origin, is_api
+from server.api.middleware.origin import (
+    API_PREFIXES,
+    EXPOSED_HEADERS,
+    allowed_methods,
+    check_origin,
+    complete_cors,
+    is_api,
+)
 from server.api.middleware.rate_limit import limit_rate, rate_limit_headers
 from server.api.middleware.request_id import name_request
 from server.api.middleware.request_log import log_request
@@ -33,7 +40,6 @@ __all__ = ["create_admin_app", "create_app"]
 
 _PUBLIC: Final = Path(__file__).resolve().parent.parent / "public"
 _MAX_BODY: Final = 1 << 20  # bytes of a request's body
-_EXPOSED: Final = ("RateLimit", "RateLimit-Policy", "Retry-After", "X-Request-ID", "Location")
 _PREFLIGHT_MAX_AGE: Final = 600  # s
 
 
@@ -52,6 +58,7 @@ def create_app(settings: Settings, connections: Connections, *, demo: bool = Fal
     app.cleanup_ctx.append(_open_relay)
     app.on_response_prepare.append(_stamp)
     _add_api(app, settings)
+    app.on_response_prepare.append(complete_cors)
     PublicFiles(_PUBLIC, settings, demo=demo).add_routes(app)
     return app
 
@@ -83,7 +90,7 @@ def _add_api(app: web.Application, settings: Settings) -> None:
     """The API's resources, each with preflights and with CORS headers on its refusals too."""
     options = aiohttp_cors.ResourceOptions(  # type: ignore[no-untyped-call]
         allow_credentials="*" not in settings.cors_origins,  # never both: that would be every site's login
-        expose_headers=_EXPOSED,
+        expose_headers=EXPOSED_HEADERS,
         allow_headers=("Content-Type", "Last-Event-ID", "Authorization", "X-Request-ID"),
         allow_methods=("GET",),
         max_age=_PREFLIGHT_MAX_AGE,
@@ -99,7 +106,8 @@ def _add_api(app: web.Application, settings: Settings) -> None:
         resource.add_route("*", _refuse_method if handlers else _refuse_path)
 
     add("/api/stream", GET=ask)
-    add("/api/{path:.*}")  # so that a page of a listed origin can read even that there is nothing here
+    for prefix in API_PREFIXES:
+        add(prefix + "{path:.*}")  # so that a page of a listed origin can read even that there is nothing here
 
 
 async def _refuse_method(request: web.Request) -> web.StreamResponse:

@@ -20,8 +20,8 @@ class Connections:
 
     aiohttp's keep-alive timeout is long, so that a proxy's idle connections live, and it is also its only limit on a
     request head that comes a byte at a time. So a new connection gets its own, shorter one here: one sweep a second
-    over those that have not spoken. Beyond ``most`` connections a new one is closed at once, since a
-    process out of file descriptors serves nobody.
+    over those that have not spoken. (A later head on a kept connection has the keep-alive timeout.) Beyond ``most``
+    connections a new one is closed at once, since a process out of file descriptors serves nobody.
     """
 
     def __init__(self, *, most: int, head_timeout: float = HEAD_TIMEOUT) -> None:

@@ -23,7 +23,7 @@ from server.demo.model import DEMO_MODEL_NAME, demo_model
 from server.logs import log_event, logging_to
 from server.relay.desk import Desk
 from server.settings import Settings
-from server.sockets import BACKLOG, CannotListen, bind_admin, public_listener, url_of
+from server.sockets import CannotListen, bind_admin, public_listener, url_of
 from server.systemd import Notifier
 
 __all__ = ["Serving", "open_server", "run"]
@@ -65,14 +65,15 @@ async def _serve(settings: Settings, environment: Mapping[str, str]) -> int:
             url = await stack.enter_async_context(demo_model(_ROOT))
             settings = dataclasses.replace(settings, llm_base_url=url, llm_model=DEMO_MODEL_NAME, llm_api_key="")
             log_event(_log, logging.WARNING, "demo_model", url=url, note="LLM_BASE_URL is not set; this is no LLM")
-        most = _raise_descriptor_limit()
+        # The browser's side and the endpoint's; the demo model holds the other end of the latter.
+        most = _raise_descriptor_limit() // (3 if demo else 2)
         if most < settings.max_streams:
             log_event(_log, logging.WARNING, "few_descriptors", connections=most, max_streams=settings.max_streams)
 
         serving = await stack.enter_async_context(
             open_server(settings, listener, admin_listener, demo=demo, max_connections=most)
         )
-        notifier = Notifier(environment)
+        notifier = stack.enter_context(Notifier(environment))
         async with notifier.watchdog():
             admin_url = None if admin_listener is None else url_of(admin_listener)
             log_event(
@@ -106,12 +107,11 @@ async def open_server(
             admin = await stack.enter_async_context(_running(create_admin_app(desk), settings))
             admin_server = await loop.create_server(_server_of(admin), sock=admin_listener)
             stack.callback(admin_server.close)
-        # asyncio means two things by backlog: how long the kernel's queue is, and how many connections it takes out in
-        # one go, before the first of them can be refused. As many as that could use up all descriptors.
+        # asyncio means two things by backlog: how long the kernel's queue is (for which server/sockets.py has its own
+        # mind), and how many connections it takes out in one go, before the first of them can be refused.
         server = await loop.create_server(
             connections.factory(_server_of(public)), sock=listener, backlog=_ACCEPTED_AT_ONCE
         )
-        listener.listen(BACKLOG)
         stack.callback(server.close)
         yield Serving(desk, server)
 
@@ -176,13 +176,13 @@ def _server_of(runner: web.AppRunner) -> web.Server:
 
 
 def _raise_descriptor_limit() -> int:
-    """Take as many descriptors as the system gives, and return how many connections they carry: each may need two."""
+    """Take as many descriptors as the system gives, and return how many there are for connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it; then what there is must do
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard
-    return max(8, (soft - _SPARE_DESCRIPTORS) // 2)
+    return max(24, soft - _SPARE_DESCRIPTORS)
 
 
 class _Signals:

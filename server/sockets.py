@@ -13,14 +13,22 @@ from typing import Final
 
 from server.settings import Settings
 
-__all__ = ["BACKLOG", "CannotListen", "bind_admin", "public_listener", "url_of"]
+__all__ = ["CannotListen", "bind_admin", "public_listener", "url_of"]
 
-BACKLOG: Final = 4096  # a storm of reconnecting browsers; the kernel caps it at net.core.somaxconn
+_BACKLOG: Final = 4096  # a storm of reconnecting browsers; the kernel caps it at net.core.somaxconn
 
 _FIRST_PASSED_DESCRIPTOR: Final = 3  # sd_listen_fds(3)
 
 # Kernel memory that one reader who takes nothing can hold; the kernel doubles it. The default grows to megabytes.
 _SEND_BUFFER: Final = 64 << 10
+
+
+class _Listener(socket.socket):
+    """A listening socket whose queue has one length, whatever asyncio asks for: while it were shorter, even for a
+    moment, connections that wait for a restart would be refused."""
+
+    def listen(self, backlog: int = 0, /) -> None:
+        super().listen(_BACKLOG)
 
 
 class CannotListen(OSError):
@@ -63,7 +71,7 @@ def url_of(listener: socket.socket) -> str:
 def _tune(listener: socket.socket, write_timeout: float) -> None:
     """Options that accepted connections inherit from the listening socket."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-    if listener.family != socket.AF_UNIX:
+    if listener.family != socket.AF_UNIX and hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux has it, macOS does not
         # A client that vanished without a FIN, or that takes nothing after its answer has ended: the kernel gives up
         # on it after the same time as we do. Its own limit is a quarter of an hour, for a closed window none at all.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(write_timeout * 1000))
@@ -76,7 +84,7 @@ def _is_passed(environment: Mapping[str, str]) -> bool:
 
 def _take_passed() -> socket.socket:
     try:
-        listener = socket.socket(fileno=_FIRST_PASSED_DESCRIPTOR)
+        listener = _Listener(fileno=_FIRST_PASSED_DESCRIPTOR)
         listener.set_inheritable(False)  # systemd passed it to us, not to our children
     except OSError as exc:
         raise CannotListen(f"cannot listen on the passed descriptor 3: {exc.strerror}") from exc
@@ -92,7 +100,10 @@ def _bind_tcp(host: str, port: int) -> socket.socket:
         raise CannotListen(f"cannot listen on {host}: it is no host name") from exc
     except OSError as exc:
         raise CannotListen(f"cannot listen on {host}: {exc.strerror or exc}") from exc
-    listener = socket.socket(family, kind, protocol)
+    try:
+        listener = _Listener(family, kind, protocol)
+    except OSError as exc:  # a kernel or a sandbox without IPv6
+        raise CannotListen(f"cannot listen on {host}: {exc.strerror or exc}") from exc
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for TIME_WAIT
     return _listen(listener, f"{host} port {port}", address)
 
@@ -102,7 +113,7 @@ def _bind_unix(path: str) -> socket.socket:
     if _is_stale(path):
         with contextlib.suppress(OSError):
             os.unlink(path)
-    return _listen(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), path, path)
+    return _listen(_Listener(socket.AF_UNIX, socket.SOCK_STREAM), path, path)
 
 
 def _listen(listener: socket.socket, name: str, address: str | tuple[object, ...] | None = None) -> socket.socket:
@@ -112,7 +123,7 @@ def _listen(listener: socket.socket, name: str, address: str | tuple[object, ...
             listener.bind(address)
             if listener.family == socket.AF_UNIX:
                 os.chmod(name, 0o660)  # before anybody can connect
-        listener.listen(BACKLOG)
+        listener.listen()
         listener.setblocking(False)
     except OSError as exc:
         listener.close()

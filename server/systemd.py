@@ -11,12 +11,23 @@ __all__ = ["Notifier"]
 
 
 class Notifier:
-    """Sends states to the socket that ``NOTIFY_SOCKET`` names; without one it does nothing."""
+    """Sends states to the socket that ``NOTIFY_SOCKET`` names; without one it does nothing. A context manager."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._address = environment.get("NOTIFY_SOCKET", "")
+        # Opened once: a process out of descriptors must still be able to say that it lives, and that it stops.
+        self._sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if self._address else None
+        if self._sender is not None:
+            self._sender.setblocking(False)
         microseconds = environment.get("WATCHDOG_USEC", "")
         self._watchdog = int(microseconds) / 1e6 if microseconds.isascii() and microseconds.isdigit() else 0.0
+
+    def __enter__(self) -> Notifier:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._sender is not None:
+            self._sender.close()
 
     def ready(self) -> None:
         self._send("READY=1")
@@ -27,7 +38,7 @@ class Notifier:
     @contextlib.asynccontextmanager
     async def watchdog(self) -> AsyncIterator[None]:
         """Tell twice in each watchdog interval that the event loop still turns."""
-        if not (self._address and self._watchdog):
+        if self._sender is None or not self._watchdog:
             yield
             return
         beat = asyncio.create_task(self._beat(), name="watchdog")
@@ -42,9 +53,8 @@ class Notifier:
             await asyncio.sleep(self._watchdog / 2)
 
     def _send(self, state: str) -> None:
-        if not self._address:
+        if self._sender is None:
             return
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):
-            sender.setblocking(False)
-            sender.sendto(state.encode("ascii"), address)
+        with contextlib.suppress(OSError):
+            self._sender.sendto(state.encode("ascii"), address)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any, Final
 import aiohttp
 import pytest
 
+from server.systemd import Notifier
 from tests.conftest import Launch
 from tests.sluice_process import ROOT, SluiceProcess, free_port
 from tests.sse_client import Answer, ask, open_stream
@@ -720,3 +722,18 @@ async def test_questions_and_answers_are_logged_where_that_is_wished(
     (line,) = process.events("stream_end")
     assert (line["prompt"], line["answer"]) == ("the-canary-question", "Hello")
     assert SECRET not in "".join(process.lines)
+
+
+async def test_a_process_out_of_descriptors_still_says_that_it_lives_and_stops(tmp_path: Path) -> None:
+    """Else systemd would kill it for a moment's shortage, and the error would come in the place of the drain."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.setblocking(False)
+        with Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")}) as notifier:
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            try:
+                notifier.stopping()
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert systemd.recv(100) == b"STOPPING=1"

@@ -25,6 +25,7 @@ from server.errors import (
     UpstreamRejected,
     UpstreamUnreachable,
 )
+from server.upstream.resolver import DaemonResolver
 from server.wire.chunks import DONE, Chunk, MalformedChunk, decode_chunk, decode_json
 from server.wire.sse import EventStreamParser, EventTooLarge, ServerSentEvent
 
@@ -99,7 +100,7 @@ class UpstreamClient:
         reuse.on_connection_reuseconn.append(_note_reuse)
         self._session = aiohttp.ClientSession(
             # No bound of its own: admission bounds the streams, and a queue here would be a silent wait.
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, resolver=DaemonResolver()),
             timeout=aiohttp.ClientTimeout(total=None, connect=self._connect_timeout),
             cookie_jar=aiohttp.DummyCookieJar(),
             trace_configs=[reuse],
@@ -191,7 +192,7 @@ async def _failed_json(response: aiohttp.ClientResponse) -> AttemptFailed:
             while len(body) <= _MAX_ERROR_BODY and (data := await response.content.readany()):
                 body += data
         value = decode_json(bytes(body))
-    except (TimeoutError, MalformedChunk):
+    except (TimeoutError, MalformedChunk, *_BREAKS):
         value = None
     if isinstance(value, dict) and value.get("error") is not None:
         return _failed_in_stream(value["error"])

@@ -82,6 +82,7 @@ class UpstreamRoute:
         tries = 0
         stale = False
         while True:
+            progress.begin_try()
             try:
                 await self._client.ask(self._endpoint, body, progress.take, progress.end)
             except AttemptFailed as failed:
@@ -113,29 +114,56 @@ class UpstreamRoute:
 
 
 class _Progress:
-    """What has been heard of the answer so far."""
+    """What has been heard of the answer so far.
+
+    What a try says before its first content (a usage, a finish_reason, a model's name) is held back until that comes,
+    or the end: a try that comes to nothing must leave no trace in the answer of the next one.
+    """
 
     def __init__(self, sink: ChunkSink, done: Callable[[], None], silence: SilenceDeadline) -> None:
         self._sink = sink
         self._done = done
         self._silence = silence
+        self._held = Chunk()
         self.heard = False  # a delta with content has been handed on
         self.finished = False  # a finish_reason has come
         self.ended = False
 
+    def begin_try(self) -> None:
+        """Forget what the last try said; nothing of it has been handed on."""
+        self._held = Chunk()
+        self.finished = False
+
     def take(self, chunks: list[Chunk]) -> None:
-        self._sink(chunks)
         heard = False
         for chunk in chunks:
             if chunk.deltas:
                 heard = True
             if chunk.finish_reason:
                 self.finished = True
+        if not (heard or self.heard):
+            self._hold(chunks)
+            return
+        if not self.heard:
+            chunks = [self._held, *chunks]
         if heard:
             self.heard = True
             self._silence.heard()
+        self._sink(chunks)
 
     def end(self) -> None:
         if not self.ended:
             self.ended = True
+            if not self.heard:
+                self._sink([self._held])
             self._done()
+
+    def _hold(self, chunks: list[Chunk]) -> None:
+        """Keep the last word on each thing, in one chunk: an endpoint may repeat itself for as long as it is let."""
+        for chunk in chunks:
+            held = self._held
+            self._held = Chunk(
+                finish_reason=chunk.finish_reason or held.finish_reason,
+                usage=chunk.usage or held.usage,
+                model=chunk.model or held.model,
+            )

@@ -71,7 +71,7 @@ def decode_chunk(data: bytes) -> Chunk:
     choices = value.get("choices")
     if isinstance(choices, list):
         for choice in choices:
-            if isinstance(choice, dict) and choice.get("index", 0) == 0:
+            if isinstance(choice, dict) and not _is_another(choice.get("index")):
                 deltas += _read_delta(choice.get("delta"))
                 finish_reason = _name(choice.get("finish_reason")) or finish_reason
     return Chunk(deltas, finish_reason, _read_usage(value.get("usage")), _name(value.get("model")))
@@ -91,6 +91,10 @@ def decode_json(data: bytes) -> Any:
         return json.loads(data.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         raise MalformedChunk("not JSON") from None
+
+
+def _is_another(index: Any) -> bool:
+    return type(index) is int and index != 0
 
 
 def _read_delta(delta: Any) -> tuple[Delta, ...]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 
+import aiohttp
 import pytest
 
+from server.relay.viewer import Viewer
 from tests.api.conftest import Connect, LogLines, Settled
 from tests.api.observing import command_line
 from tests.api.raw_client import ASK, request
@@ -390,3 +393,20 @@ async def test_no_secret_leaves_the_process(
     assert len(sluice.events("stream_end")) == 1
     for canary in (KEY, "canary prompt", ANSWER, "Traceback"):
         assert canary not in log
+
+
+async def test_a_bug_after_the_head_cuts_the_answer_and_is_logged_once(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cut answer never looks complete; one traceback is enough to find the bug by."""
+
+    async def fail(viewer: Viewer) -> None:
+        await viewer._connection.write(b"data: {}\n\n")
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Viewer, "follow", fail)
+    server = await serve()
+    async with aiohttp.ClientSession() as session, session.get(server.url + "/api/stream?q=hi") as response:
+        with pytest.raises(aiohttp.ClientError):
+            await response.read()
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == ["request_failed"]

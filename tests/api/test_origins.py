@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import aiohttp
 import pytest
 
 from tests.api.conftest import Connect, LogLines, Settled
@@ -290,3 +291,23 @@ async def test_the_page_itself_is_for_everyone(serve: Serve, connect: Connect) -
     response = await client.ask(request("/", "Sec-Fetch-Site: cross-site", "Origin: https://elsewhere.example"))
     assert response.status == 200
     assert _cors_headers(response) == set()
+
+
+@pytest.mark.parametrize("path", ["/api/nothing", "/v1/models"])
+@pytest.mark.parametrize("method", ["GET", "OPTIONS", "DELETE"])
+async def test_a_listed_page_may_read_that_there_is_nothing(serve: Serve, path: str, method: str) -> None:
+    """Section 3: CORS headers stand on every answer under /api and /v1, refusals too."""
+    server = await serve(SLUICE_CORS_ORIGINS="https://page.example")
+    async with (
+        aiohttp.ClientSession() as session,
+        session.request(method, server.url + path, headers={"Origin": "https://page.example"}) as response,
+    ):
+        assert response.status == 404
+        assert (await response.json())["error"] == "not_found"
+        assert response.headers["Access-Control-Allow-Origin"] == "https://page.example"
+
+
+async def test_options_that_is_no_preflight_is_told_what_there_is(serve: Serve) -> None:
+    server = await serve()
+    async with aiohttp.ClientSession() as session, session.options(server.url + "/api/stream") as response:
+        assert (response.status, response.headers["Allow"]) == (405, "GET")

@@ -1280,3 +1280,29 @@ async def test_nothing_is_left_open_after_many_faults(relay: Relay) -> None:
         await relay.ask(fault)
     assert await until(lambda: len(os.listdir("/proc/self/fd")) <= before[0] + 2)
     assert await until(lambda: len(asyncio.all_tasks()) <= before[1] + 2)
+
+
+@pytest.mark.parametrize("failed", ["usage", "finish_reason"])
+async def test_what_a_failed_try_said_is_no_part_of_the_next_ones_answer(relay: Relay, failed: str) -> None:
+    """A cut answer never looks complete, and null is what an upstream did not report (contract, section 3)."""
+
+    async def script(call: Call) -> None:
+        if len(relay.upstream.calls) > 1 and failed == "usage":
+            await answer(["a"], usage=None)(call)
+            return
+        await call.head()
+        if len(relay.upstream.calls) > 1:
+            await call.gone()
+        elif failed == "usage":
+            await call.event(chunk(usage={"prompt_tokens": 111, "completion_tokens": 222}))
+            call.reset()
+        else:
+            await call.finish()
+            await call.event({"error": {"message": "x", "code": 500}})
+
+    given = await relay.ask(script, SLUICE_FIRST_TOKEN_TIMEOUT="1.5")
+    if failed == "usage":
+        assert given.usage is not None
+        assert (given.usage["prompt_tokens"], given.usage["completion_tokens"]) == (None, None)
+    else:
+        assert code_of(given) == "upstream_timeout"

@@ -60,6 +60,12 @@ def test_choices_of_a_wrong_shape_and_other_choices_say_nothing(choices: Any) ->
     assert decode_chunk(json.dumps({"choices": choices}).encode()).deltas == ()
 
 
+@pytest.mark.parametrize("index", [None, "0", 0.0, False, []])
+def test_an_index_of_a_wrong_type_counts_as_absent(index: Any) -> None:
+    wire = json.dumps({"choices": [{"index": index, "delta": {"content": "a"}}]}).encode()
+    assert decode_chunk(wire).deltas == (content("a"),)
+
+
 def test_a_chunk_without_choices_says_nothing() -> None:
     assert decode_chunk(b'{"object":"chat.completion.chunk"}') == Chunk()
 

@@ -25,14 +25,11 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return as_response(refusal, refusal.status)
     except web.HTTPException as exc:
         return _translate(request, exc)
-    except ConnectionError:
-        raise  # the client is gone; aiohttp ends the connection without a word
-    except Exception as exc:
+    except Exception:
         _log.exception("request_failed")
-        if SENT_STATUS in request:
-            if request.transport is not None:
-                request.transport.abort()
-            raise ConnectionResetError from exc  # a cut response must not look like a whole one
+        if SENT_STATUS in request and request.transport is not None:
+            # A cut response must not look like a whole one. What is returned below finds the connection closed.
+            request.transport.abort()
         return as_response(InternalError(), 500)
 
 
@@ -49,7 +46,8 @@ def as_response(error: RelayError, status: int) -> web.Response:
 
 
 def _translate(request: web.Request, exc: web.HTTPException) -> web.Response:
-    """aiohttp's own refusals (no such path, no such method, an expectation it cannot meet …) in our words."""
+    """aiohttp's own refusals (no such path, no such method …) in our words. A failed expectation is not among them: it
+    is refused before any middleware."""
     if isinstance(exc, web.HTTPMethodNotAllowed):
         refusal: Refused = MethodNotAllowed(request.method, frozenset(exc.allowed_methods))
         return as_response(refusal, refusal.status)

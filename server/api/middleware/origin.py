@@ -14,11 +14,12 @@ from yarl import URL
 
 from server.api.keys import SETTINGS
 from server.api.middleware.client_address import from_trusted_proxy
-from server.errors import MethodNotAllowed, OriginNotAllowed
+from server.errors import MethodNotAllowed, NotFound, OriginNotAllowed
 
-__all__ = ["API_PREFIXES", "allowed_methods", "check_origin", "is_api"]
+__all__ = ["API_PREFIXES", "EXPOSED_HEADERS", "allowed_methods", "check_origin", "complete_cors", "is_api"]
 
 API_PREFIXES: Final = ("/api/", "/v1/")
+EXPOSED_HEADERS: Final = ("RateLimit", "RateLimit-Policy", "Retry-After", "X-Request-ID", "Location")
 
 
 def is_api(request: web.Request) -> bool:
@@ -32,8 +33,25 @@ async def check_origin(request: web.Request, handler: Handler) -> web.StreamResp
         if not _may_ask(request):
             raise OriginNotAllowed
         if request.method == "OPTIONS" and not _is_preflight(request):
-            raise MethodNotAllowed("OPTIONS", allowed_methods(request) - {"OPTIONS"})
+            # aiohttp-cors has put OPTIONS on the resource, for preflights, and answers all else with a 403 of its own.
+            if allowed := allowed_methods(request) - {"OPTIONS"}:
+                raise MethodNotAllowed("OPTIONS", allowed)
+            raise NotFound
     return await handler(request)
+
+
+async def complete_cors(request: web.Request, response: web.StreamResponse) -> None:
+    """Put the headers for a listed origin where aiohttp-cors does not: on what OPTIONS is refused with. For
+    ``on_response_prepare``, behind aiohttp-cors, which takes it amiss to find them there."""
+    listed = request.app[SETTINGS].cors_origins
+    origin = request.headers.get("Origin", "")
+    if not is_api(request) or "Access-Control-Allow-Origin" in response.headers:
+        return
+    if origin and (origin in listed or "*" in listed):
+        response.headers["Access-Control-Allow-Origin"] = origin
+        response.headers["Access-Control-Expose-Headers"] = ",".join(EXPOSED_HEADERS)
+        if "*" not in listed:
+            response.headers["Access-Control-Allow-Credentials"] = "true"
 
 
 def allowed_methods(request: web.Request) -> frozenset[str]:
