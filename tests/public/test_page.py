@@ -9,7 +9,7 @@ import pytest
 from playwright.async_api import expect
 
 from tests.conftest import Launch
-from tests.public.conftest import VisitPage, Wire
+from tests.public.conftest import Visit, VisitPage, Wire
 from tests.upstream_sim import Call, ScriptedUpstream, answer, chunk
 
 RECONNECT_S = 2.5  # the stream's `retry: 1000`, and time for the request to arrive
@@ -33,6 +33,16 @@ async def opened(upstream: ScriptedUpstream, count: int = 1) -> Call:
     """Wait for that call and open its stream: every token is the test's to send."""
     call = await upstream.called(count)
     await call.head()
+    return call
+
+
+async def half_answered(page: Visit, upstream: ScriptedUpstream) -> Call:
+    """Ask by hand, and see the first half of an answer whose rest is the test's to send."""
+    upstream.script = by_hand
+    await page.ask()
+    call = await opened(upstream)
+    await call.token("Half")
+    await page.shows("Half")
     return call
 
 
@@ -102,13 +112,9 @@ async def test_whatever_has_ended_is_not_asked_for_again(
 
 @pytest.mark.parametrize("how", ["button", "Escape"])
 async def test_stop_stops_the_upstream(launch: Launch, upstream: ScriptedUpstream, visit: VisitPage, how: str) -> None:
-    upstream.script = by_hand
     server = await launch(LLM_BASE_URL=upstream.base_url)
     page = await visit(server.url)
-    await page.ask()
-    call = await opened(upstream)
-    await call.token("Half")
-    await page.shows("Half")
+    call = await half_answered(page, upstream)
 
     if how == "button":
         await page["stop"].click()
@@ -157,13 +163,9 @@ async def test_a_failure_is_told_in_words_and_asked_again_only_by_retry(
 async def test_a_reload_in_mid_answer_stops_the_upstream(
     launch: Launch, upstream: ScriptedUpstream, visit: VisitPage
 ) -> None:
-    upstream.script = by_hand
     server = await launch(LLM_BASE_URL=upstream.base_url)
     page = await visit(server.url)
-    await page.ask()
-    call = await opened(upstream)
-    await call.token("Half")
-    await page.shows("Half")
+    call = await half_answered(page, upstream)
     await page.page.reload()
     await asyncio.wait_for(call.gone(), GONE_S)
     await page.reaches("idle")
@@ -174,13 +176,9 @@ async def test_a_page_that_comes_back_says_that_it_was_left(
     launch: Launch, upstream: ScriptedUpstream, visit: VisitPage
 ) -> None:
     """What Back brings out of the browser's cache is the page as it was left, without its connection."""
-    upstream.script = by_hand
     server = await launch(LLM_BASE_URL=upstream.base_url)
     page = await visit(server.url)
-    await page.ask()
-    call = await opened(upstream)
-    await call.token("Half")
-    await page.shows("Half")
+    call = await half_answered(page, upstream)
     await page.page.evaluate("dispatchEvent(new PageTransitionEvent('pagehide', {persisted: true}))")
     await asyncio.wait_for(call.gone(), GONE_S)
     await page.page.evaluate("dispatchEvent(new PageTransitionEvent('pageshow', {persisted: true}))")
@@ -263,14 +261,10 @@ async def test_a_refusal_is_told_in_words(launch: Launch, upstream: ScriptedUpst
 async def test_a_lost_connection_is_told_and_not_paid_for_twice(
     launch: Launch, upstream: ScriptedUpstream, visit: VisitPage
 ) -> None:
-    upstream.script = by_hand
     server = await launch(LLM_BASE_URL=upstream.base_url)
     async with Wire(server.url) as wire:
         page = await visit(wire.url)
-        await page.ask()
-        call = await opened(upstream)
-        await call.token("Half")
-        await page.shows("Half")
+        await half_answered(page, upstream)
         wire.cut()
         await page.reaches("error")
         await expect(page["status"]).to_have_text("The connection was lost. The answer is incomplete.")

@@ -47,7 +47,7 @@ async def complete_cors(request: web.Request, response: web.StreamResponse) -> N
     origin = request.headers.get("Origin", "")
     if not is_api(request) or "Access-Control-Allow-Origin" in response.headers:
         return
-    if origin and (origin in listed or "*" in listed):
+    if origin and _is_listed(origin, listed):
         response.headers["Access-Control-Allow-Origin"] = origin
         response.headers["Access-Control-Expose-Headers"] = ",".join(EXPOSED_HEADERS)
         if "*" not in listed:
@@ -61,14 +61,18 @@ def allowed_methods(request: web.Request) -> frozenset[str]:
 
 
 def _may_ask(request: web.Request) -> bool:
-    allowed = request.app[SETTINGS].cors_origins
-    if "*" in allowed:
-        return True
+    listed = request.app[SETTINGS].cors_origins
     origin = request.headers.get("Origin")
+    if _is_listed(origin, listed):
+        return True
     if origin is None:
         # No Origin comes with a no-cors GET either (an <img> whose src is our stream), but then the browser says so.
         return request.headers.get("Sec-Fetch-Site") not in {"cross-site", "same-site"}
-    return origin in allowed or origin == _own_origin(request)
+    return origin == _own_origin(request)
+
+
+def _is_listed(origin: str | None, listed: tuple[str, ...]) -> bool:
+    return "*" in listed or origin in listed
 
 
 def _own_origin(request: web.Request) -> str | None:
