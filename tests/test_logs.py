@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -401,13 +402,14 @@ def test_a_full_queue_drops_lines_and_counts_them(pipe: Pipe, few_lines: int) ->
             log_event(ours, logging.INFO, "happened", number=number)
         pipe.start_reading()
         pipe.wait_until_quiet()  # the queue has room again
-        log_event(ours, logging.INFO, "again", number=1000)
-        log_event(ours, logging.INFO, "and_again", number=1001)
+        log_event(ours, logging.INFO, "happened", number=1000)
+        log_event(ours, logging.INFO, "happened", number=1001)
     lines = pipe.records()
-    assert [line["event"] for line in lines[-2:]] == ["again", "and_again"]
-    assert sum(line.get("lines_dropped_before", 0) for line in lines) == 1002 - len(lines)
-    assert "lines_dropped_before" not in lines[-1]
-    assert lines[-2]["lines_dropped_before"] > 0
+    assert len(lines) < 200  # a page and a short queue of them
+    assert [line["number"] for line in lines[-2:]] == [1000, 1001]
+    # Which ones were lost is the threads' affair; each gap is told by the line behind it, and nothing else is.
+    for line, following in itertools.pairwise([{"number": -1}, *lines]):
+        assert following.get("lines_dropped_before", 0) == following["number"] - line["number"] - 1
 
 
 def test_a_reader_that_takes_nothing_holds_nobody_up(pipe: Pipe, few_lines: int) -> None:
