@@ -11,8 +11,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from server.api.admin import add_admin_routes
-from server.api.browser import ask
-from server.api.keys import BUCKETS, CONNECTIONS, DESK, REQUEST_ID, SENT_STATUS, SETTINGS
+from server.api.browser import ask, create_stream, stop_stream, view_stream
+from server.api.keys import BUCKETS, CONNECTIONS, DESK, LLM_TOKENS, REQUEST_ID, SENT_STATUS, SETTINGS
 from server.api.middleware.client_address import find_client
 from server.api.middleware.errors import answer_errors
 from server.api.middleware.head import bound_head
@@ -55,6 +55,8 @@ def create_app(settings: Settings, connections: Connections, *, demo: bool = Fal
     app[CONNECTIONS] = connections
     if settings.rate_limit is not None:
         app[BUCKETS] = TokenBuckets(settings.rate_limit)
+    if settings.token_limit is not None:
+        app[LLM_TOKENS] = TokenBuckets(settings.token_limit)
     app.cleanup_ctx.append(_open_relay)
     app.on_response_prepare.append(_stamp)
     _add_api(app, settings)
@@ -88,26 +90,33 @@ async def _open_relay(app: web.Application) -> AsyncIterator[None]:
 
 def _add_api(app: web.Application, settings: Settings) -> None:
     """The API's resources, each with preflights and with CORS headers on its refusals too."""
-    options = aiohttp_cors.ResourceOptions(  # type: ignore[no-untyped-call]
-        allow_credentials="*" not in settings.cors_origins,  # never both: that would be every site's login
-        expose_headers=EXPOSED_HEADERS,
-        allow_headers=("Content-Type", "Last-Event-ID", "Authorization", "X-Request-ID"),
-        allow_methods=("GET",),
-        max_age=_PREFLIGHT_MAX_AGE,
-    )
-    cors = aiohttp_cors.setup(app, defaults=dict.fromkeys(settings.cors_origins, options))
+    cors = aiohttp_cors.setup(app)
 
     def add(path: str, **handlers: Handler) -> None:
         resource = app.router.add_resource(path)
         # By add_route, not add_get: that would answer HEAD too, and run the handler for it.
         for method, handler in handlers.items():
             resource.add_route(method, handler)
-        cors.add(resource)
+        cors.add(resource, _cors_of(settings, tuple(handlers)))
         resource.add_route("*", _refuse_method if handlers else _refuse_path)
 
     add("/api/stream", GET=ask)
+    add("/api/streams", POST=create_stream)
+    add("/api/streams/{id}", GET=view_stream, DELETE=stop_stream)
     for prefix in API_PREFIXES:
         add(prefix + "{path:.*}")  # so that a page of a listed origin can read even that there is nothing here
+
+
+def _cors_of(settings: Settings, methods: tuple[str, ...]) -> dict[str, aiohttp_cors.ResourceOptions]:
+    """What pages of each listed origin may do with a resource."""
+    options = aiohttp_cors.ResourceOptions(  # type: ignore[no-untyped-call]
+        allow_credentials="*" not in settings.cors_origins,  # never both: that would be every site's login
+        expose_headers=EXPOSED_HEADERS,
+        allow_headers=("Content-Type", "Last-Event-ID", "Authorization", "X-Request-ID"),
+        allow_methods=methods,
+        max_age=_PREFLIGHT_MAX_AGE,
+    )
+    return dict.fromkeys(settings.cors_origins, options)
 
 
 async def _refuse_method(request: web.Request) -> web.StreamResponse:

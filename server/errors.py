@@ -2,13 +2,16 @@
 
 RelayError
 ├── Refused                  before admission: an HTTP status (server/api/middleware/errors.py)
-│   ├── InvalidRequest       400  missing_query, query_too_long, invalid_query
+│   ├── InvalidRequest       400  missing_query, query_too_long, invalid_query, invalid_request, invalid_last_event_id …
 │   ├── OriginNotAllowed     403
 │   ├── NotFound             404
+│   ├── StreamNotFound       404
 │   ├── MethodNotAllowed     405
 │   ├── RequestTimeout       408
 │   ├── BodyTooLarge         413
+│   ├── UnsupportedMediaType 415
 │   ├── RateLimited          429  rate_limit_exceeded
+│   ├── TokenLimitExceeded   429, and in a stream that reaches the limit
 │   ├── TooManyStreams       429
 │   ├── Overloaded           503
 │   └── ShuttingDown         503
@@ -45,8 +48,11 @@ __all__ = [
     "RelayError",
     "RequestTimeout",
     "ShuttingDown",
+    "StreamNotFound",
     "StreamTimeout",
+    "TokenLimitExceeded",
     "TooManyStreams",
+    "UnsupportedMediaType",
     "UpstreamError",
     "UpstreamFailed",
     "UpstreamIncomplete",
@@ -103,6 +109,11 @@ class NotFound(Refused):
     message = "There is nothing at this address."
 
 
+class StreamNotFound(Refused):
+    code, status, retryable = "stream_not_found", 404, False
+    message = "There is no such stream, or no longer: an answer is kept for a short while after its end."
+
+
 class MethodNotAllowed(Refused):
     code, status, retryable = "method_not_allowed", 405, False
 
@@ -121,9 +132,19 @@ class BodyTooLarge(Refused):
     message = "The request's body is larger than this server takes."
 
 
+class UnsupportedMediaType(Refused):
+    code, status, retryable = "unsupported_media_type", 415, False
+    message = "The request's body must be application/json in UTF-8, without a Content-Encoding."
+
+
 class RateLimited(Refused):
     code, status = "rate_limit_exceeded", 429
     message = "Too many requests. Wait for the seconds that Retry-After gives."
+
+
+class TokenLimitExceeded(Refused):
+    code, status, retryable = "token_limit_exceeded", 429, False
+    message = "The tokens that this server generates for one client are used up for the moment."
 
 
 class TooManyStreams(Refused):

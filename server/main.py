@@ -127,7 +127,7 @@ class Serving:
         """Accept no more and let open streams finish; interrupt those that do not within ``timeout`` (s), or as soon
         as ``cut_short`` is set."""
         desk = self.desk
-        desk.draining = True
+        desk.drain()
         self._server.close()
         log_event(_log, logging.INFO, "draining", streams=desk.streams, timeout_s=timeout)
         with contextlib.suppress(TimeoutError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import math
 import os
 import re
 import tomllib
@@ -232,6 +233,11 @@ def _read_proxies(value: Any) -> TrustedProxies:
     return TrustedProxies(tuple(ipaddress.ip_network(item) for item in items if item != "unix"), "unix" in items)
 
 
+def _read_grace(value: Any) -> float:
+    return math.inf if value == "finish" else _GRACE.read(value)
+
+
+_GRACE: Final = _seconds(0, 86_400)
 _RATE: Final = Reader("REQUESTS/SECONDS, such as 10/60, or off", _read_rate)
 _PORT: Final = _integer(0, 65535)
 
@@ -274,6 +280,11 @@ class Settings:
     temperature: float = _option(_number(0, 2), 0.3, "sent upstream")
     max_query_chars: int = _option(_integer(1, 100_000), 1000, "code points of a question, after trimming")
     rate_limit: Rate | None = _option(_RATE, Rate(10, 60.0), "requests per seconds and client, a token bucket")
+    token_limit: Rate | None = _option(
+        Reader("TOKENS/SECONDS, such as 20000/3600, or off", _read_rate),
+        None,
+        "generated LLM tokens per seconds and client",
+    )
     max_streams_per_client: int = _option(_integer(1, 1_000_000), 8, "a client's streams open at once")
     max_streams: int = _option(_integer(1, 1_000_000), 10_000, "all streams open at once")
     trusted_proxies: TrustedProxies = _option(
@@ -297,6 +308,12 @@ class Settings:
     )
     heartbeat: float = _option(_seconds(0.01, 3600), 15.0, "s of silence before a ping is sent")
     retries: int = _option(_integer(0, 10), 2, "further tries before the first token")
+    resume_grace: float = _option(
+        Reader(f"{_GRACE.takes}, or finish", _read_grace, toml=(*_GRACE.toml, str)),
+        5.0,
+        "s that an answer goes on after its last resumable viewer dropped; finish = always to its end",
+    )
+    resume_window: float = _option(_seconds(0, 86_400), 60.0, "s that a finished answer can still be replayed")
     max_answer_bytes: int = _option(_integer(1024, 1 << 30), 1 << 20, "bytes that one answer's replay log may hold")
     drain_timeout: float = _option(_seconds(0, 86_400), 75.0, "s that SIGTERM lets open streams finish")
     log_format: str = _option(_choice("text", "json", "auto"), "auto", "auto = text on a terminal, else json")
@@ -349,6 +366,8 @@ def _as_text(value: Any) -> str:
             return "off"
         case bool():
             return str(value).lower()
+        case math.inf:
+            return "finish"
         case float():
             return f"{value:g}"
         case tuple():

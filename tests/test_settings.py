@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -36,6 +37,7 @@ TABLE: Final = [
     ("SLUICE_TEMPERATURE", "temperature", 0.3),
     ("SLUICE_MAX_QUERY_CHARS", "max_query_chars", 1000),
     ("SLUICE_RATE_LIMIT", "rate_limit", Rate(10, 60.0)),
+    ("SLUICE_TOKEN_LIMIT", "token_limit", None),
     ("SLUICE_MAX_STREAMS_PER_CLIENT", "max_streams_per_client", 8),
     ("SLUICE_MAX_STREAMS", "max_streams", 10_000),
     ("SLUICE_TRUSTED_PROXIES", "trusted_proxies", LOOPBACK),
@@ -47,6 +49,8 @@ TABLE: Final = [
     ("SLUICE_WRITE_TIMEOUT", "write_timeout", 30.0),
     ("SLUICE_HEARTBEAT", "heartbeat", 15.0),
     ("SLUICE_RETRIES", "retries", 2),
+    ("SLUICE_RESUME_GRACE", "resume_grace", 5.0),
+    ("SLUICE_RESUME_WINDOW", "resume_window", 60.0),
     ("SLUICE_MAX_ANSWER_BYTES", "max_answer_bytes", 1_048_576),
     ("SLUICE_DRAIN_TIMEOUT", "drain_timeout", 75.0),
     ("SLUICE_LOG_FORMAT", "log_format", "auto"),  # text on a terminal, else json
@@ -59,12 +63,9 @@ VARIABLES: Final = [variable for variable, _, _ in TABLE] + ["SLUICE_SYSTEM_PROM
 LATER: Final = [
     "SLUICE_FALLBACKS",
     "SLUICE_WORKERS",
-    "SLUICE_TOKEN_LIMIT",
     "SLUICE_HEDGE_AFTER",
     "SLUICE_RESCUE",
     "SLUICE_FAST_PATH",
-    "SLUICE_RESUME_GRACE",
-    "SLUICE_RESUME_WINDOW",
     "SLUICE_REDIS_URL",
     "SLUICE_API_KEYS_FILE",
     "SLUICE_JWT_SECRET",
@@ -140,6 +141,8 @@ GOOD: Final = [
     ("SLUICE_MAX_QUERY_CHARS", "5000", "5000", 5000),
     ("SLUICE_RATE_LIMIT", "100/0.5", '"100/0.5"', Rate(100, 0.5)),
     ("SLUICE_RATE_LIMIT", "off", '"off"', None),
+    ("SLUICE_TOKEN_LIMIT", "20000/3600", '"20000/3600"', Rate(20_000, 3600.0)),
+    ("SLUICE_TOKEN_LIMIT", "off", '"off"', None),
     ("SLUICE_MAX_STREAMS_PER_CLIENT", "1", "1", 1),
     ("SLUICE_MAX_STREAMS", "1000000", "1000000", 1_000_000),
     ("SLUICE_TRUSTED_PROXIES", "", "[]", TrustedProxies((), unix=False)),
@@ -163,6 +166,10 @@ GOOD: Final = [
     ("SLUICE_WRITE_TIMEOUT", "0.1", "0.1", 0.1),
     ("SLUICE_HEARTBEAT", "15.", "15.0", 15.0),
     ("SLUICE_RETRIES", "0", "0", 0),
+    ("SLUICE_RESUME_GRACE", "0", "0", 0.0),
+    ("SLUICE_RESUME_GRACE", "2.5", "2.5", 2.5),
+    ("SLUICE_RESUME_GRACE", "finish", '"finish"', math.inf),
+    ("SLUICE_RESUME_WINDOW", "0", "0", 0.0),
     ("SLUICE_MAX_ANSWER_BYTES", "4096", "4_096", 4096),
     ("SLUICE_DRAIN_TIMEOUT", "0", "0", 0.0),
     ("SLUICE_LOG_FORMAT", "text", '"text"', "text"),
@@ -238,6 +245,7 @@ BAD: Final = {
     "SLUICE_TEMPERATURE": ["-0.1", "2.1", "nan", "inf", "-inf", "1e1", "0,3", ""],
     "SLUICE_MAX_QUERY_CHARS": ["0", "100001"],
     "SLUICE_RATE_LIMIT": ["", "10", "10/0", "0/60", "-1/60", "10/60/1", "10 / 60", "1e1/60", "10/1e9", "OFF", "10/nan"],
+    "SLUICE_TOKEN_LIMIT": ["", "20000", "0/3600"],
     "SLUICE_MAX_STREAMS_PER_CLIENT": ["0", "1000001"],
     "SLUICE_MAX_STREAMS": ["0", "x"],
     "SLUICE_TRUSTED_PROXIES": ["10.0.0.1/8", "10.0.0.0/33", "nginx", "unix,,x", "::1/129"],
@@ -260,6 +268,8 @@ BAD: Final = {
     "SLUICE_WRITE_TIMEOUT": ["0", "3601"],
     "SLUICE_HEARTBEAT": ["0", "3601"],
     "SLUICE_RETRIES": ["-1", "11", "1.5"],
+    "SLUICE_RESUME_GRACE": ["", "-1", "86401", "inf", "off", "Finish"],
+    "SLUICE_RESUME_WINDOW": ["-1", "86401", "finish"],
     "SLUICE_MAX_ANSWER_BYTES": ["1023", "1073741825", "1MiB"],
     "SLUICE_DRAIN_TIMEOUT": ["-1", "86401", "inf"],
     "SLUICE_LOG_FORMAT": ["", "JSON", "xml"],
@@ -586,6 +596,8 @@ def test_only_a_secret_can_come_from_a_file_of_its_own(variable: str) -> None:
 def test_the_description_has_a_line_for_each_setting() -> None:
     lines = describe(read_settings({}))
     assert [line.partition("=")[0] for line in lines] == [option.variable for option in options()]
+    assert {"SLUICE_TOKEN_LIMIT=off", "SLUICE_RESUME_GRACE=5"} < set(lines)
+    assert "SLUICE_RESUME_GRACE=finish" in describe(read_settings({"SLUICE_RESUME_GRACE": "finish"}))
     assert {"SLUICE_RATE_LIMIT=10/60", "SLUICE_LOG_PROMPTS=false", "SLUICE_HEARTBEAT=15", "LLM_API_KEY="} < set(lines)
     assert "SLUICE_TRUSTED_PROXIES=127.0.0.0/8,::1/128,unix" in lines
 

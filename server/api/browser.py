@@ -1,35 +1,121 @@
-"""The browser's stream: ``GET /api/stream?q=…``, one question, one answer (contract, section 3)."""
+"""What a browser asks for: an answer to one question, or to a conversation, as a stream that it can go on with.
+
+``GET /api/stream?q=…`` is made for ``new EventSource(url)`` (contract, section 3); ``/api/streams`` for pages that chat
+(section 4). Both give the same events, and both go on behind a ``Last-Event-ID``.
+"""
 
 from __future__ import annotations
 
-import asyncio
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from aiohttp import web
 
-from server.api.event_stream import show
+from server.api.body import drop_body, read_json_body
+from server.api.event_stream import show, show_events
 from server.api.keys import CLIENT, DESK, SETTINGS
-from server.api.middleware.rate_limit import spend_token
-from server.errors import BodyTooLarge, InvalidRequest, RequestTimeout
+from server.api.middleware.rate_limit import show_allowance, spend
+from server.errors import Interrupted, InvalidRequest, StreamNotFound
+from server.relay.desk import Stream
 from server.settings import Settings
-from server.wire.chat import ChatRequest
+from server.wire.chat import ChatRequest, decode_posted_chat
+from server.wire.events import EventEncoder, EventId, read_event_id
 
-__all__ = ["ask", "read_question"]
+__all__ = ["ask", "create_stream", "read_last_event_id", "read_question", "stop_stream", "view_stream"]
 
-_BODY_TIMEOUT: Final = 10.0  # s for a request's body; aiohttp has no limit of its own
+# A chat message may be so many times as long as a question: it can hold an answer.
+_MESSAGE_PER_QUESTION: Final = 32
 
 
 async def ask(request: web.Request) -> web.StreamResponse:
-    """Admit or refuse, open the answer, and show it."""
+    """``GET /api/stream?q=…``: open an answer and show it, or go on with one."""
     settings = request.app[SETTINGS]
-    desk = request.app[DESK]
+    seen = read_last_event_id(request)  # 400
+    if seen is not None:
+        await drop_body(request)
+        return await _go_on(request, seen)
     question = read_question(request.rel_url.raw_query_string, settings.max_query_chars)  # 400
-    await _drop_body(request)  # 408, 413
+    await drop_body(request)  # 408, 413
+    return await show(request, request.app[DESK], _open(request, _to_request((("user", question),), settings)))
+
+
+async def create_stream(request: web.Request) -> web.StreamResponse:
+    """``POST /api/streams``: open an answer, which runs from now on, and say where it can be viewed."""
+    settings = request.app[SETTINGS]
+    body = await read_json_body(request)  # 408, 413, 415
+    chat = decode_posted_chat(body, max_chars=_MESSAGE_PER_QUESTION * settings.max_query_chars)  # 400
+    if chat.model not in (None, settings.llm_model):
+        raise InvalidRequest("invalid_request", f"The field model names none that is offered: {settings.llm_model}.")
+    messages = tuple((message.role, message.content) for message in chat.messages)
+    stream = _open(request, _to_request(messages, settings, chat.max_tokens, chat.temperature))
+    url = f"/api/streams/{stream.id}"
+    return web.json_response(
+        {"id": stream.id, "url": url}, status=201, headers={"Location": url, "Cache-Control": "no-store"}
+    )
+
+
+async def view_stream(request: web.Request) -> web.StreamResponse:
+    """``GET /api/streams/SID``: its events from the start, or behind the ``Last-Event-ID``."""
+    stream_id = request.match_info["id"]
+    seen = read_last_event_id(request)  # 400
+    await drop_body(request)
+    if seen is not None:
+        if seen.stream_id != stream_id:
+            raise _invalid_last_event_id("It is of another stream.")
+        return await _go_on(request, seen)
+    stream = request.app[DESK].find(stream_id)
+    if stream is None:
+        raise StreamNotFound
+    show_allowance(request)
+    return await show(request, request.app[DESK], stream)
+
+
+async def stop_stream(request: web.Request) -> web.StreamResponse:
+    """``DELETE /api/streams/SID``: nobody wants more of it."""
+    await drop_body(request)
+    request.app[DESK].stop(request.match_info["id"], request[CLIENT])  # 404
+    return web.Response(status=204)
+
+
+def _open(request: web.Request, chat: ChatRequest) -> Stream:
+    """Admit the request and start its answer. Nothing in here waits: who was admitted has the place."""
+    desk = request.app[DESK]
     client = request[CLIENT]
     desk.admit(client)  # 429 too_many_streams, 503
-    spend_token(request)  # 429 rate_limit_exceeded
-    return await show(request, desk, desk.open(client, _chat_request(question, settings)))
+    reservation = spend(request, chat.max_tokens)  # 429 rate_limit_exceeded, token_limit_exceeded
+    return desk.open(client, chat, reservation)
+
+
+async def _go_on(request: web.Request, seen: EventId) -> web.StreamResponse:
+    """The rest of an answer. Whatever has become of it, none is generated anew and nothing is spent."""
+    desk = request.app[DESK]
+    show_allowance(request)
+    stream = desk.find(seen.stream_id)
+    if stream is None:
+        # In-band, for a script cannot read the status of an EventSource.
+        lost = EventEncoder(seen.stream_id).error(seen.number + 1, Interrupted())
+        return await show_events(request, lost)
+    if seen.number >= stream.log.next_number - 1 and stream.log.ended:
+        return web.Response(status=204)  # which tells an EventSource not to come back
+    if seen.number >= stream.log.next_number:
+        raise _invalid_last_event_id("The stream has not come so far.")
+    return await show(request, desk, stream, after=seen.number)
+
+
+def read_last_event_id(request: web.Request) -> EventId | None:
+    """The last event that the client has seen: from the header, which an EventSource sends by itself, else from
+    ``?last_event_id=``, which a page can put into the URL; None where there is neither. Raises InvalidRequest."""
+    given = request.headers.getall("Last-Event-ID", None) or request.query.getall("last_event_id", None)
+    if given is None:
+        return None
+    seen = read_event_id(given[0])
+    if seen is None or len(given) > 1:
+        raise _invalid_last_event_id("It is SID.N, as the events' ids are.")
+    return seen
+
+
+def _invalid_last_event_id(reason: str) -> InvalidRequest:
+    return InvalidRequest("invalid_last_event_id", f"The Last-Event-ID is not one to go on from. {reason}")
 
 
 def read_question(raw_query: str, max_chars: int) -> str:
@@ -69,25 +155,16 @@ def _percent_decode(text: str) -> bytes:
         return b"\xff"
 
 
-async def _drop_body(request: web.Request) -> None:
-    """Read the body that a GET should not have: while it is unread, a client that leaves is not noticed."""
-    if not request.body_exists:
-        return
-    try:
-        async with asyncio.timeout(_BODY_TIMEOUT):
-            await request.read()
-    except TimeoutError:
-        raise RequestTimeout from None
-    except web.HTTPRequestEntityTooLarge:
-        raise BodyTooLarge from None
-    except web.RequestPayloadError:
-        raise InvalidRequest("invalid_request", "The request's body is not what its headers announce.") from None
-
-
-def _chat_request(question: str, settings: Settings) -> ChatRequest:
+def _to_request(
+    messages: tuple[tuple[str, str], ...],
+    settings: Settings,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+) -> ChatRequest:
+    """What is asked of the upstream: the server's own instructions first, and never more tokens than it allows."""
     system = (("system", settings.system_prompt),) if settings.system_prompt else ()
     return ChatRequest(
-        messages=(*system, ("user", question)),
-        max_tokens=settings.max_tokens,
-        temperature=settings.temperature,
+        messages=(*system, *messages),
+        max_tokens=min(max_tokens or settings.max_tokens, settings.max_tokens),
+        temperature=settings.temperature if temperature is None else temperature,
     )

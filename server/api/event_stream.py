@@ -12,10 +12,9 @@ from typing import Final
 from aiohttp import web
 from multidict import CIMultiDict
 
-from server.relay.answer import Answer
-from server.relay.desk import Desk
+from server.relay.desk import Desk, Stream
 
-__all__ = ["show"]
+__all__ = ["show", "show_events"]
 
 _HEADERS: Final = CIMultiDict(
     {
@@ -29,15 +28,11 @@ _HEADERS: Final = CIMultiDict(
 _RST_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # struct linger: on, for 0 s (socket(7))
 
 
-async def show(request: web.Request, desk: Desk, answer: Answer) -> web.StreamResponse:
-    """Stream ``answer`` to the client until its end, or until the client leaves."""
-    response = web.StreamResponse(headers=_HEADERS)
-    if request.version >= (1, 1):
-        response.headers["Connection"] = "keep-alive"
-    else:
-        response.force_close()  # HTTP/1.0 has no chunks: only the close tells where the answer ends
+async def show(request: web.Request, desk: Desk, stream: Stream, *, after: int | None = None) -> web.StreamResponse:
+    """Stream the answer to the client until its end, or until the client leaves; from behind event ``after`` on."""
+    response = _event_stream(request)
     connection = _ResponseConnection(request, response)
-    with desk.viewing(answer, connection) as viewer:
+    with desk.viewing(stream, connection, after=after, may_return=_can_resume(request)) as viewer:
         try:
             # 200 goes out before the upstream has answered: a slow first token is no failure.
             await response.prepare(request)
@@ -47,6 +42,32 @@ async def show(request: web.Request, desk: Desk, answer: Answer) -> web.StreamRe
             # as the peer likes. Nothing is written from here on, not even the last chunk.
             connection.abort()
     return response
+
+
+async def show_events(request: web.Request, events: bytes) -> web.StreamResponse:
+    """A stream of which all is known: ``events``, and its end."""
+    response = _event_stream(request)
+    with contextlib.suppress(ConnectionError):  # the client has gone
+        await response.prepare(request)
+        await response.write(events)
+        await response.write_eof()
+    return response
+
+
+def _event_stream(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers=_HEADERS)
+    if request.version >= (1, 1):
+        response.headers["Connection"] = "keep-alive"
+    else:
+        response.force_close()  # HTTP/1.0 has no chunks: only the close tells where the answer ends
+    return response
+
+
+def _can_resume(request: web.Request) -> bool:
+    """Whether the client asked for an event stream by its name, as EventSource does and curl does not: it then knows
+    how to go on behind the last event (contract, section 3)."""
+    ranges = ",".join(request.headers.getall("Accept", [])).split(",")
+    return any(media.partition(";")[0].strip().lower() == "text/event-stream" for media in ranges)
 
 
 class _ResponseConnection:

@@ -11,12 +11,23 @@ from server.relay.admission import Allowance, TokenBuckets
 from server.relay.desk import Desk
 from server.settings import Settings
 
-__all__ = ["ALLOWANCE", "BUCKETS", "CLIENT", "CONNECTIONS", "DESK", "REQUEST_ID", "SENT_STATUS", "SETTINGS"]
+__all__ = [
+    "ALLOWANCE",
+    "BUCKETS",
+    "CLIENT",
+    "CONNECTIONS",
+    "DESK",
+    "LLM_TOKENS",
+    "REQUEST_ID",
+    "SENT_STATUS",
+    "SETTINGS",
+]
 
 SETTINGS: Final = web.AppKey("settings", Settings)
 CONNECTIONS: Final = web.AppKey("connections", Connections)
 DESK: Final = web.AppKey("desk", Desk)
-BUCKETS: Final = web.AppKey("buckets", TokenBuckets)  # absent where limits are off
+BUCKETS: Final = web.AppKey("buckets", TokenBuckets)  # of requests; absent where the limit is off
+LLM_TOKENS: Final = web.AppKey("llm_tokens", TokenBuckets)  # of generated tokens; likewise
 
 REQUEST_ID: Final = web.RequestKey("request_id", str)
 CLIENT: Final = web.RequestKey("client", str)  # whom limits count for

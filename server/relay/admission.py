@@ -6,19 +6,20 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from server.settings import Rate
 
-__all__ = ["Allowance", "TokenBuckets"]
+__all__ = ["Allowance", "Reservation", "TokenBuckets"]
 
 _MAX_CLIENTS: Final = 100_000  # about 20 MB of buckets
+_ROUNDING: Final = 1e-9  # tokens: it must not cost a client who waited exactly long enough
 
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """How a client stands after asking: admitted or not, whole tokens left, seconds until the next one comes."""
+    """How a client stands: admitted or not, whole tokens left, seconds until the next one comes."""
 
     admitted: bool
     remaining: int
@@ -45,31 +46,72 @@ class TokenBuckets:
     def __len__(self) -> int:
         return len(self._full_at)
 
+    def look(self, client: str) -> Allowance:
+        """How the client stands, with nothing taken."""
+        now = self._clock()
+        missing = self._missing(client, now)
+        if missing > self.rate.amount - 1 + _ROUNDING:
+            return Allowance(False, 0, (missing - (self.rate.amount - 1)) * self._token_s)
+        return Allowance(
+            True,
+            math.floor(self.rate.amount - missing + _ROUNDING),
+            (missing % 1 or 1.0) * self._token_s if missing > 0 else 0.0,
+        )
+
     def take(self, client: str) -> Allowance:
         """Take one token out of the client's bucket, if there is a whole one."""
-        now = self._clock()
+        allowance = self.look(client)
+        if not allowance.admitted:
+            return allowance
+        self._fill(client, -1)
+        return replace(self.look(client), admitted=True)
+
+    def reserve(self, client: str, most: int) -> Reservation | None:
+        """Take up to ``most`` tokens, as many whole ones as there are, for something whose cost shows at its end; None
+        where there is none."""
+        amount = min(most, self.look(client).remaining)
+        if amount < 1:
+            return None
+        self._fill(client, -amount)
+        return Reservation(amount, lambda used: self._fill(client, amount - used))
+
+    def _missing(self, client: str, now: float) -> float:
+        """How many tokens the bucket lacks; more than it holds where the client owes some."""
         full_at = self._full_at.get(client)
-        crowded = full_at is None and not self._make_room(now)
-        if crowded:
+        if full_at is None and not self._make_room(now):
             full_at = self._newcomers_full_at
-        full_at = max(full_at or 0.0, now)
-        missing = (full_at - now) / self._token_s
-        if missing > self.rate.amount - 1 + 1e-9:  # rounding must not cost a client who waited exactly long enough
-            return Allowance(False, 0, (missing - (self.rate.amount - 1)) * self._token_s)
-        full_at += self._token_s
-        if crowded:
-            self._newcomers_full_at = full_at
-        else:
+        return max(0.0, (full_at or 0.0) - now) / self._token_s
+
+    def _fill(self, client: str, amount: int) -> None:
+        """Put ``amount`` tokens back; a negative one takes them. Nobody ever owes more than a bucket holds."""
+        now = self._clock()
+        missing = min(max(0.0, self._missing(client, now) - amount), 2.0 * self.rate.amount)
+        full_at = now + missing * self._token_s
+        if client in self._full_at or self._make_room(now):
             self._full_at[client] = full_at
             self._full_at.move_to_end(client)
-        missing += 1
-        return Allowance(True, math.floor(self.rate.amount - missing + 1e-9), (missing % 1 or 1.0) * self._token_s)
+        else:
+            self._newcomers_full_at = full_at
 
     def _make_room(self, now: float) -> bool:
-        """Forget full buckets, oldest first; each was filled by what was taken at most ``rate.seconds`` ago."""
+        """Forget full buckets, oldest first; each fills within twice ``rate.seconds`` of what was taken last."""
         while self._full_at:
             client, full_at = next(iter(self._full_at.items()))
             if full_at > now:
                 break
             del self._full_at[client]
         return len(self._full_at) < self._max_clients
+
+
+class Reservation:
+    """Tokens that are taken before it is known how many will be used."""
+
+    def __init__(self, amount: int, settle: Callable[[int], None]) -> None:
+        self.amount = amount
+        self._settle: Callable[[int], None] | None = settle
+
+    def settle(self, used: int) -> None:
+        """Give back what was not ``used``, or charge what was used beyond; once, whatever is said later."""
+        settle, self._settle = self._settle, None
+        if settle is not None:
+            settle(used)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
-from enum import Enum
-from typing import Final, Protocol
+from typing import Protocol
 
 from server.errors import (
     AnswerTooLarge,
@@ -15,45 +15,19 @@ from server.errors import (
     Interrupted,
     RelayError,
     StreamTimeout,
+    TokenLimitExceeded,
     UpstreamFailed,
     UpstreamTimeout,
 )
+from server.relay.life import Life, Outcome
 from server.relay.log import LogFull, ReplayLog
 from server.wire.chat import ChatRequest
 from server.wire.chunks import Chunk, DeltaKind, Usage
 from server.wire.events import EventEncoder
 
-__all__ = ["MOVES", "Answer", "AnswerLimits", "Outcome", "Source", "State"]
+__all__ = ["Answer", "AnswerLimits", "Source"]
 
 _log = logging.getLogger("sluice.stream")
-
-
-class State(Enum):
-    """Where an answer is in its life."""
-
-    ASKED = "asked"  # the upstream has been asked, or is about to be
-    SPEAKING = "speaking"  # the first token has come
-    ENDED = "ended"  # the log has its last event, and the outcome stands
-
-
-# Every move that an answer may make. ENDED has none: an answer ends once, whatever else happens to it.
-MOVES: Final = {
-    State.ASKED: frozenset({State.SPEAKING, State.ENDED}),
-    State.SPEAKING: frozenset({State.ENDED}),
-    State.ENDED: frozenset[State](),
-}
-
-
-class Outcome(Enum):
-    """How an answer ended; each answer has exactly one."""
-
-    COMPLETED = "completed"
-    CLIENT_GONE = "client_gone"  # nobody was left to read it
-    UPSTREAM_ERROR = "upstream_error"
-    TIMEOUT = "timeout"  # first token, idle, or the whole answer
-    TOO_LARGE = "too_large"
-    INTERRUPTED = "interrupted"  # the server went down
-    INTERNAL_ERROR = "internal_error"
 
 
 class Source(Protocol):
@@ -84,40 +58,49 @@ class Answer:
     """Asks ``source`` and writes what comes into ``log``; viewers read the log and know nothing of the source.
 
     ``run`` is the whole of it: cancelling the task that runs it closes the upstream request, and however it ends the
-    log gets a last event and ``outcome`` is set, once. ``clock`` gives seconds that only go forward.
+    log gets a last event and ``life`` its outcome, once; then ``on_end`` is called. ``budget`` bounds the LLM tokens
+    that it may generate. ``clock`` gives seconds that only go forward.
     """
 
     def __init__(
         self,
         stream_id: str,
-        client: str,
         request: ChatRequest,
         source: Source,
         limits: AnswerLimits,
+        life: Life,
         *,
+        budget: float = math.inf,
+        on_end: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.id = stream_id
-        self.client = client
         self.request = request
         self.log = ReplayLog(max_bytes=limits.max_answer_bytes)
-        self.state = State.ASKED
-        self.outcome: Outcome | None = None
         self.error: RelayError | None = None
-        self.tokens = 0
+        self.tokens = 0  # token events
         self.model = source.model
         self.ttft: float | None = None  # s, from the start of the answer to its first delta with content
         self.duration: float | None = None  # s
         self.said: list[str] | None = [] if limits.log_prompts else None  # kept only for the log
         self._source = source
         self._limits = limits
+        self.life = life
+        self._budget = budget
+        self._on_end = on_end
         self._clock = clock
         self._began_at = clock()
         self._encoder = EventEncoder(stream_id)
+        self._deltas = 0  # of content, reasoning and tool calls
         self._finish_reason: str | None = None
         self._usage = Usage(None, None)
         self._task: asyncio.Task[None] | None = None
         self.log.append(self._encoder.start(0, self.model))
+
+    @property
+    def generated(self) -> int:
+        """LLM tokens that it cost: as the upstream reports, else as many as there were deltas."""
+        return self._usage.completion_tokens or self._deltas
 
     def start(self) -> asyncio.Task[None]:
         """Begin, in a task of its own: an answer does not hang on any viewer's connection."""
@@ -126,10 +109,13 @@ class Answer:
 
     def stop(self, outcome: Outcome) -> None:
         """End it now with ``outcome``: the upstream request is closed. Does nothing to an answer that has ended."""
-        if self.state is State.ENDED:
+        if not self.life.running:
             return
         # Said here and not where the cancelled task wakes: a task that has not begun yet would never wake at all.
-        self._fail(Interrupted(), outcome)
+        if outcome is Outcome.STOPPED:
+            self._complete(outcome, finish_reason="cancelled")
+        else:
+            self._fail(Interrupted(), outcome)
         if self._task is not None:
             self._task.cancel()
 
@@ -151,19 +137,21 @@ class Answer:
         except Exception:
             self._fail_by_bug()
         finally:
-            if self.state is not State.ENDED:  # the source returned, and said neither how it ended nor why not
-                self._fail(InternalError())
+            self._fail(InternalError())  # where the source returned, and said neither how it ended nor why not
 
     # ---- What comes from the source
 
     def _take(self, chunks: list[Chunk]) -> None:
         """Append a batch's events and tell the viewers once. The hot path."""
-        if self.state is State.ENDED:
+        if not self.life.running:
             return
         log = self.log
         try:
             for chunk in chunks:
                 for kind, text in chunk.deltas:
+                    if self._deltas >= self._budget:
+                        raise TokenLimitExceeded
+                    self._deltas += 1
                     if kind is DeltaKind.CONTENT:
                         log.append(self._encoder.token(log.next_number, text))
                         self.tokens += 1
@@ -173,7 +161,6 @@ class Answer:
                         log.append(self._encoder.reasoning(log.next_number, text))
                     if self.ttft is None:
                         self.ttft = self._clock() - self._began_at
-                        self._move(State.SPEAKING)
                 if chunk.finish_reason is not None:
                     self._finish_reason = chunk.finish_reason
                 if chunk.usage is not None:
@@ -187,22 +174,22 @@ class Answer:
 
     # ---- The ways it ends
 
-    def _complete(self) -> None:
-        if self.state is State.ENDED:
+    def _complete(self, outcome: Outcome = Outcome.COMPLETED, finish_reason: str | None = None) -> None:
+        if not self.life.running:
             return
         usage = self._encoder.usage(
             self.log.next_number,
-            finish_reason=self._finish_reason,
+            finish_reason=finish_reason or self._finish_reason,
             usage=self._usage,
             tokens=self.tokens,
             model=self.model,
             ttft_ms=None if self.ttft is None else round(self.ttft * 1000),
             duration_ms=round((self._clock() - self._began_at) * 1000),
         )
-        self._end(Outcome.COMPLETED, usage, self._encoder.done(self.log.next_number + 1))
+        self._end(outcome, usage, self._encoder.done(self.log.next_number + 1))
 
     def _fail(self, error: RelayError, outcome: Outcome | None = None) -> None:
-        if self.state is not State.ENDED:
+        if self.life.running:
             self.error = error
             self._end(outcome or _outcome_of(error), self._encoder.error(self.log.next_number, error))
 
@@ -217,15 +204,10 @@ class Answer:
         self._fail(InternalError())
 
     def _end(self, outcome: Outcome, *last: bytes) -> None:
-        self._move(State.ENDED)
-        self.outcome = outcome
+        self.life.end(outcome)
         self.duration = self._clock() - self._began_at
         self.log.end(last)
-
-    def _move(self, state: State) -> None:
-        if state not in MOVES[self.state]:
-            raise AssertionError(f"an answer cannot go from {self.state} to {state}")
-        self.state = state
+        self._on_end()
 
 
 def _outcome_of(error: RelayError) -> Outcome:
@@ -236,6 +218,8 @@ def _outcome_of(error: RelayError) -> Outcome:
             return Outcome.UPSTREAM_ERROR
         case AnswerTooLarge():
             return Outcome.TOO_LARGE
+        case TokenLimitExceeded():
+            return Outcome.TOKEN_LIMIT
         case Interrupted():
             return Outcome.INTERRUPTED
         case _:

@@ -1,25 +1,37 @@
-"""The desk: where answers are opened, viewed and left, and which knows what is running now."""
+"""The desk: where answers are opened, found, viewed, left and stopped, and which knows what is running now."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import random
 import secrets
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, Protocol
 
-from server.errors import Overloaded, ShuttingDown, TooManyStreams
+from server.errors import Overloaded, ShuttingDown, StreamNotFound, TooManyStreams
 from server.logs import log_event
-from server.relay.answer import Answer, AnswerLimits, Outcome, Source
+from server.relay.admission import Reservation
+from server.relay.answer import Answer, AnswerLimits, Source
+from server.relay.life import Life, Outcome, State
+from server.relay.log import EventLog
 from server.relay.viewer import Connection, Viewer
 from server.wire.chat import ChatRequest
 
-__all__ = ["Desk", "DeskLimits"]
+__all__ = ["Desk", "DeskLimits", "Stream"]
 
 _ID_BYTES: Final = 24  # 192 random bits, 32 characters: nobody guesses a stream
 _RETRY_SOON: Final = 5  # s, told to those refused for want of a place; when one gets free nobody knows
+_RETRY_SPREAD_MS: Final = (1000, 5000)  # over which viewers come back to a server that was restarted
+
+# Of answers that have ended and wait for somebody to come back, all together; beyond it those that ended first are
+# forgotten before their window is over. It is an eighth of what the shipped unit allows the process.
+_KEPT_BYTES: Final = 256 << 20
+_KEPT_OVERHEAD: Final = 2048  # bytes that a kept answer takes beside its events
 
 _log = logging.getLogger("sluice.stream")
 
@@ -35,131 +47,267 @@ class DeskLimits(AnswerLimits, Protocol):
     def heartbeat(self) -> float: ...
     @property
     def write_timeout(self) -> float: ...
+    @property
+    def resume_grace(self) -> float: ...
+    @property
+    def resume_window(self) -> float: ...
+
+
+class Stream:
+    """An answer as the desk keeps it, from its opening until it is forgotten."""
+
+    __slots__ = ("answer", "client", "holds_place", "id", "life", "log", "reservation", "timer")
+
+    def __init__(self, client: str, life: Life, answer: Answer, reservation: Reservation | None) -> None:
+        self.id = answer.id
+        self.client = client  # whom it was opened for
+        self.life = life
+        self.log: EventLog = answer.log
+        self.answer: Answer | None = answer  # gone once its task is over: what is kept is the log
+        self.reservation = reservation
+        self.holds_place = True
+        self.timer: asyncio.TimerHandle | None = None  # for what is due next
+
+    def stop(self, outcome: Outcome) -> None:
+        """End its answer with ``outcome``, unless it has ended."""
+        if self.answer is not None:
+            self.answer.stop(outcome)
 
 
 class Desk:
     """Runs the answers of one process. Admission is two steps without an await between: :meth:`admit`, :meth:`open`.
 
-    An answer holds its place until it has ended and nobody reads it any more.
+    An answer holds its place until it has ended and nobody reads it any more; read again later, it takes none.
     """
 
-    def __init__(self, source: Source, limits: DeskLimits) -> None:
+    def __init__(self, source: Source, limits: DeskLimits, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._source = source
         self._limits = limits
-        self._viewers: dict[Answer, set[Viewer]] = {}  # every answer that holds a place, with who reads it
-        self._connections: set[Connection] = set()
-        self._streams_of: Counter[str] = Counter()
+        self._clock = clock
+        self._streams: dict[str, Stream] = {}  # all that can be found, by id
+        self._kept: dict[str, int] = {}  # the bytes of those that nobody reads, the first to end first
+        self._kept_bytes = 0
+        self._viewers: dict[Viewer, Connection] = {}
+        self._places: Counter[str] = Counter()  # taken, by client
         self._tasks: set[asyncio.Task[None]] = set()
         self._empty = asyncio.Event()
         self._empty.set()
+        self.streams = 0  # how many answers hold a place
         self.draining = False
-
-    @property
-    def streams(self) -> int:
-        """How many answers hold a place."""
-        return len(self._viewers)
 
     @property
     def viewers(self) -> int:
         """How many connections read an answer."""
-        return len(self._connections)
+        return len(self._viewers)
+
+    @property
+    def kept(self) -> int:
+        """How many answers have ended and wait for somebody to come back to them."""
+        return len(self._kept)
+
+    # ---- Opening
 
     def admit(self, client: str) -> None:
         """Return if ``client`` may open a stream now. Raises ShuttingDown, TooManyStreams or Overloaded."""
         if self.draining:
             raise ShuttingDown(retry_after=_RETRY_SOON)
-        if self._streams_of[client] >= self._limits.max_streams_per_client:
+        if self._places[client] >= self._limits.max_streams_per_client:
             raise TooManyStreams(retry_after=_RETRY_SOON)
         if self.streams >= self._limits.max_streams:
             raise Overloaded(retry_after=_RETRY_SOON)
 
-    def open(self, client: str, request: ChatRequest) -> Answer:
-        """Start an answer for ``client``, who was admitted. Whoever opens it views it at once, or it never stops."""
-        answer = Answer(secrets.token_urlsafe(_ID_BYTES), client, request, self._source, self._limits)
-        self._viewers[answer] = set()
-        self._streams_of[client] += 1
+    def open(self, client: str, request: ChatRequest, reservation: Reservation | None = None) -> Stream:
+        """Start an answer for ``client``, who was admitted. Nobody who comes to view it within the grace stops it.
+
+        ``reservation`` is what it may spend of the client's LLM tokens.
+        """
+        life = Life(grace=self._limits.resume_grace, window=self._limits.resume_window, clock=self._clock)
+        answer = Answer(
+            secrets.token_urlsafe(_ID_BYTES),
+            request,
+            self._source,
+            self._limits,
+            life,
+            budget=math.inf if reservation is None else reservation.amount,
+            on_end=lambda: self._answer_ended(stream),
+            clock=self._clock,
+        )
+        stream = Stream(client, life, answer, reservation)
+        self._streams[stream.id] = stream
+        self._places[client] += 1
+        self.streams += 1
         self._empty.clear()
         task = answer.start()
         self._tasks.add(task)
-        task.add_done_callback(lambda done: self._answer_over(done, answer))
-        return answer
+        task.add_done_callback(lambda done: self._task_over(done, stream))
+        self._attend(stream)
+        return stream
+
+    # ---- Finding, viewing, stopping
+
+    def find(self, stream_id: str) -> Stream | None:
+        """The stream of that id; None where there is none, or no longer."""
+        return self._streams.get(stream_id)
 
     @contextmanager
-    def viewing(self, answer: Answer, connection: Connection) -> Iterator[Viewer]:
-        """A viewer of ``answer`` on ``connection`` while the context lasts. The last one to leave stops the answer."""
+    def viewing(
+        self, stream: Stream, connection: Connection, *, after: int | None = None, may_return: bool = False
+    ) -> Iterator[Viewer]:
+        """A viewer of ``stream`` on ``connection`` while the context lasts, from behind event ``after``, or the start.
+
+        ``may_return`` says that its client can go on where it was. The answer goes on for the grace after the last
+        such viewer; without one it stops at once when nobody views it any more. Raises IndexError if there is no event
+        ``after``.
+        """
         viewer = Viewer(
-            answer.log, connection, heartbeat=self._limits.heartbeat, write_timeout=self._limits.write_timeout
+            stream.log,
+            connection,
+            heartbeat=self._limits.heartbeat,
+            write_timeout=self._limits.write_timeout,
+            offset=0 if after is None else stream.log.end_of(after),
         )
-        self._viewers[answer].add(viewer)
-        self._connections.add(connection)
+        self._viewers[viewer] = connection
+        self._empty.clear()
+        if self.draining:
+            _spread_return(viewer)
+        stream.life.join()
+        self._attend(stream)
         try:
             yield viewer
         finally:
             if viewer.stalled:
-                log_event(_log, logging.INFO, "viewer_stalled", id=answer.id, client=answer.client)
-            self._connections.discard(connection)
-            self._viewers[answer].discard(viewer)
-            if not self._viewers[answer]:
-                answer.stop(Outcome.CLIENT_GONE)
-            self._release_if_over(answer)
+                log_event(_log, logging.INFO, "viewer_stalled", id=stream.id, client=stream.client)
+            del self._viewers[viewer]
+            stream.life.leave(may_return=may_return and not viewer.finished)
+            self._attend(stream)
+            self._look_if_empty()
+
+    def stop(self, stream_id: str, client: str) -> None:
+        """Stop the answer that was opened for ``client``; one that has ended stays as it is.
+
+        Raises StreamNotFound, for somebody else's too: who guesses learns nothing.
+        """
+        stream = self._streams.get(stream_id)
+        if stream is None or stream.client != client:
+            raise StreamNotFound
+        stream.stop(Outcome.STOPPED)
 
     # ---- The end of the process
 
+    def drain(self) -> None:
+        """Admit nobody any more. Those who view are told, each with another one, when to come back if they are cut off:
+        all at once they would meet the next process in its first second."""
+        self.draining = True
+        for viewer in self._viewers:
+            _spread_return(viewer)
+
     async def empty(self) -> None:
-        """Wait until no answer holds a place."""
+        """Wait until no answer holds a place and nobody reads one."""
         await self._empty.wait()
 
     def interrupt(self) -> None:
         """End every answer now; its viewers are told ``interrupted``."""
-        for answer in list(self._viewers):
-            answer.stop(Outcome.INTERRUPTED)
+        for stream in list(self._streams.values()):
+            stream.stop(Outcome.INTERRUPTED)
 
     def abort_viewers(self) -> None:
         """Drop the connections of those who have not taken the end of their answer."""
-        for connection in list(self._connections):
+        for connection in list(self._viewers.values()):
             connection.abort()
 
     async def close(self) -> None:
-        """Interrupt what still runs and wait until the upstream requests are closed."""
+        """Interrupt what still runs, wait until the upstream requests are closed, and forget what was kept."""
         self.interrupt()
         while self._tasks:
             await asyncio.wait(self._tasks)
+        for stream in self._streams.values():
+            if stream.timer is not None:
+                stream.timer.cancel()
+        self._streams.clear()
+        self._kept.clear()
 
     # ---- Bookkeeping
 
-    def _answer_over(self, task: asyncio.Task[None], answer: Answer) -> None:
-        self._tasks.discard(task)
-        self._report(answer)
-        self._release_if_over(answer)
+    def _answer_ended(self, stream: Stream) -> None:
+        """The log has its last event. At once, and not when the task is over: the client's next request may be here
+        before the upstream's connection is tidied up."""
+        if stream.reservation is not None and stream.answer is not None:
+            stream.reservation.settle(stream.answer.generated)
+        self._attend(stream)
 
-    def _release_if_over(self, answer: Answer) -> None:
-        if answer.outcome is None or answer not in self._viewers or self._viewers[answer]:
-            return
-        del self._viewers[answer]
-        self._streams_of[answer.client] -= 1
-        if not self._streams_of[answer.client]:
-            del self._streams_of[answer.client]
-        if not self._viewers:
+    def _task_over(self, task: asyncio.Task[None], stream: Stream) -> None:
+        self._tasks.discard(task)
+        if stream.answer is not None:
+            _report(stream, stream.answer)
+        stream.answer = None
+
+    def _attend(self, stream: Stream) -> None:
+        """Do what is due, and see to what is due next. Called after everything that may have moved its life."""
+        life = stream.life
+        if life.overdue:
+            if life.running:
+                stream.stop(Outcome.CLIENT_GONE)  # which leads back here
+                return
+            life.forget()
+        if stream.holds_place and life.state in (State.KEPT, State.FORGOTTEN):
+            self._free_place(stream)
+        self._kept_bytes -= self._kept.pop(stream.id, 0)
+        if life.state is State.KEPT:
+            self._keep(stream)
+        elif life.state is State.FORGOTTEN:
+            self._streams.pop(stream.id, None)
+        self._set_timer(stream)
+
+    def _free_place(self, stream: Stream) -> None:
+        stream.holds_place = False
+        self.streams -= 1
+        self._places[stream.client] -= 1
+        if not self._places[stream.client]:
+            del self._places[stream.client]
+        self._look_if_empty()
+
+    def _look_if_empty(self) -> None:
+        if not (self.streams or self._viewers):
             self._empty.set()
 
-    @staticmethod
-    def _report(answer: Answer) -> None:
-        prompt = None if answer.said is None else answer.request.messages[-1][1]
-        log_event(
-            _log,
-            logging.INFO,
-            "stream_end",
-            id=answer.id,
-            client=answer.client,
-            outcome=answer.outcome.value if answer.outcome else None,
-            code=answer.error.code if answer.error else None,
-            model=answer.model,
-            tokens=answer.tokens,
-            ttft_ms=_milliseconds(answer.ttft),
-            duration_ms=_milliseconds(answer.duration),
-            prompt=prompt,
-            answer=None if answer.said is None else "".join(answer.said),
-        )
+    def _keep(self, stream: Stream) -> None:
+        size = stream.log.end_of(stream.log.next_number - 1) + _KEPT_OVERHEAD
+        self._kept[stream.id] = size
+        self._kept_bytes += size
+        while self._kept_bytes > _KEPT_BYTES:
+            oldest = self._streams[next(iter(self._kept))]
+            oldest.life.forget()
+            self._attend(oldest)
+
+    def _set_timer(self, stream: Stream) -> None:
+        if stream.timer is not None:
+            stream.timer.cancel()
+            stream.timer = None
+        due_at = stream.life.due_at
+        if due_at is not None and due_at < math.inf:
+            stream.timer = asyncio.get_running_loop().call_at(due_at, self._attend, stream)
+
+
+def _spread_return(viewer: Viewer) -> None:
+    viewer.tell_retry(random.randint(*_RETRY_SPREAD_MS))  # noqa: S311 - spreads load, guards nothing
+
+
+def _report(stream: Stream, answer: Answer) -> None:
+    log_event(
+        _log,
+        logging.INFO,
+        "stream_end",
+        id=stream.id,
+        client=stream.client,
+        outcome=stream.life.outcome.value if stream.life.outcome else None,
+        code=answer.error.code if answer.error else None,
+        model=answer.model,
+        tokens=answer.tokens,
+        ttft_ms=_milliseconds(answer.ttft),
+        duration_ms=_milliseconds(answer.duration),
+        prompt=None if answer.said is None else answer.request.messages[-1][1],
+        answer=None if answer.said is None else "".join(answer.said),
+    )
 
 
 def _milliseconds(seconds: float | None) -> int | None:

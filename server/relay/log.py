@@ -4,8 +4,32 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-__all__ = ["LogFull", "ReplayLog"]
+__all__ = ["EventLog", "LogFull", "ReplayLog"]
+
+
+class EventLog(Protocol):
+    """What a reader needs of an answer's log, wherever the answer runs."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether no event will follow."""
+
+    @property
+    def next_number(self) -> int:
+        """The number that the next event gets."""
+
+    def end_of(self, number: int) -> int:
+        """The offset behind event ``number``. Raises IndexError if there is none yet."""
+
+    def read(self, offset: int, limit: int) -> bytes:
+        """At most ``limit`` bytes from ``offset`` on; empty for one who is level with the log."""
+
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` whenever there is more, or the end. It must not (un)subscribe anyone, nor wait."""
+
+    def unsubscribe(self, listener: Callable[[], None]) -> None: ...
 
 
 class LogFull(Exception):
@@ -19,16 +43,17 @@ class ReplayLog:
     a slice. A viewer that is level with the log is told of more by its callback (:meth:`subscribe`).
     """
 
+    __slots__ = ("_bytes", "_ends", "_listeners", "_max_bytes", "ended")
+
     def __init__(self, *, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = bytearray()
-        self._ends = array("Q")  # offset behind event N, at place N
+        self._ends = array("I")  # offset behind event N, at place N; 32 bits, as the bound of an answer is 1 GiB
         self._listeners: set[Callable[[], None]] = set()
-        self.ended = False  # no event will follow
+        self.ended = False
 
     @property
     def next_number(self) -> int:
-        """The number that the next event gets."""
         return len(self._ends)
 
     @property
@@ -37,7 +62,6 @@ class ReplayLog:
         return len(self._bytes)
 
     def end_of(self, number: int) -> int:
-        """The offset behind event ``number``. Raises IndexError if there is none yet."""
         if number < 0:
             raise IndexError(number)
         return self._ends[number]
@@ -59,15 +83,16 @@ class ReplayLog:
         for event in last:
             self._bytes += event
             self._ends.append(len(self._bytes))
+        # What was allocated ahead for a log that grows is given back: many answers are kept after their end.
+        self._bytes = self._bytes[:]
+        self._ends = self._ends[:]
         self.ended = True
         self.publish()
 
     def read(self, offset: int, limit: int) -> bytes:
-        """At most ``limit`` bytes from ``offset`` on; empty for one who is level with the log."""
         return bytes(self._bytes[offset : offset + limit])
 
     def subscribe(self, listener: Callable[[], None]) -> None:
-        """Call ``listener`` at each publish. It must not subscribe or unsubscribe anyone, nor wait."""
         self._listeners.add(listener)
 
     def unsubscribe(self, listener: Callable[[], None]) -> None:

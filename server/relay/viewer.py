@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Final, Protocol
 
-from server.relay.log import ReplayLog
-from server.wire.events import PING
+from server.relay.log import EventLog
+from server.wire.events import PING, ping
 
 __all__ = ["Connection", "Viewer"]
 
@@ -44,7 +44,7 @@ class Viewer:
     """
 
     def __init__(
-        self, log: ReplayLog, connection: Connection, *, heartbeat: float, write_timeout: float, offset: int = 0
+        self, log: EventLog, connection: Connection, *, heartbeat: float, write_timeout: float, offset: int = 0
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._log = log
@@ -58,7 +58,14 @@ class Viewer:
         self._sent_at = self._loop.time()  # when the last event or ping was sent
         self._taken_bytes = 0  # of those sent, as of the last check
         self._taken_at = self._loop.time()  # when the client last was seen to take something, or to lack nothing
+        self._retry_ms: int | None = None  # what the client is still to be told
         self.stalled = False  # the client took nothing for the whole write timeout, and its connection was aborted
+        self.finished = False  # the client has been sent everything, and the response its end
+
+    def tell_retry(self, milliseconds: int) -> None:
+        """Let the client wait so long before it comes back, should its connection end before the answer does."""
+        self._retry_ms = milliseconds
+        self._more.set()
 
     async def follow(self) -> None:
         """Write until the answer's last event is out and the response has its end.
@@ -81,7 +88,11 @@ class Viewer:
                 await self._write(data)
             elif self._log.ended:
                 await self._connection.finish()
+                self.finished = True
                 return
+            elif self._retry_ms is not None:
+                retry_ms, self._retry_ms = self._retry_ms, None
+                await self._write(ping(retry_ms))
             elif self._loop.time() - self._sent_at >= self._heartbeat:
                 await self._write(PING)
             else:

@@ -1,14 +1,86 @@
-"""What is asked of an upstream: the body of ``POST /chat/completions``."""
+"""Conversations to be answered: as a client posts them to us, and as an upstream is asked."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-__all__ = ["ChatRequest", "encode_chat_request"]
+from server.errors import InvalidRequest
+
+__all__ = ["ChatRequest", "PostedChat", "PostedMessage", "decode_posted_chat", "encode_chat_request"]
+
+_MAX_MESSAGES: Final = 1000  # of one conversation; a body of 1 MiB could hold 30,000
+_MAX_ECHO: Final = 200  # characters of a client's own words in what it is told
 
 _encoder = msgspec.json.Encoder()
+
+
+# ---- From a client
+
+
+class PostedMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class PostedChat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of ``POST /api/streams`` (contract, section 4). What is null or absent is the server's to choose."""
+
+    messages: Annotated[tuple[PostedMessage, ...], msgspec.Meta(min_length=1, max_length=_MAX_MESSAGES)]
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    model: str | None = None
+
+
+_posted = msgspec.json.Decoder(PostedChat)
+
+
+def decode_posted_chat(body: bytes, *, max_chars: int) -> PostedChat:
+    """What a client posted. Raises InvalidRequest, naming the field, for what is not exactly of that shape: a request
+    that was misread costs as much as one that was understood.
+
+    ``max_chars`` bounds one message, in code points.
+    """
+    try:
+        chat = _posted.decode(body)
+        # What has passed is at most three levels deep, so this cannot exhaust the stack.
+        json.loads(body, object_pairs_hook=_refuse_twice)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise _invalid(_in_our_words(exc)) from None
+    for place, message in enumerate(chat.messages):
+        where = f"messages[{place}].content"
+        if len(message.content) > max_chars:
+            raise _invalid(f"{where} has {len(message.content)} characters; it may have at most {max_chars}")
+        if "\0" in message.content:
+            raise _invalid(f"{where} holds a NUL character")
+        if message.role == "user" and not message.content.strip():
+            raise _invalid(f"{where} is empty")
+    return chat
+
+
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> None:
+    """An object in which a name stands twice means different things to different readers (RFC 8259 §4)."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise _invalid(f"the field {name} is given more than once")
+
+
+def _in_our_words(exc: Exception) -> str:
+    if isinstance(exc, msgspec.ValidationError):
+        return str(exc).replace("`$.", "`").replace("`", "")
+    return "it is not JSON in UTF-8"
+
+
+def _invalid(reason: str) -> InvalidRequest:
+    shown = "".join(character if character.isprintable() else f"\\u{ord(character):04x}" for character in reason)
+    return InvalidRequest("invalid_request", f"The request's body is not what this takes: {shown[:_MAX_ECHO]}.")
+
+
+# ---- To an upstream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+import re
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -11,13 +12,39 @@ from server.errors import RelayError
 from server.wire.chunks import Usage
 from server.wire.sse import encode_event
 
-__all__ = ["PING", "EventEncoder"]
+__all__ = ["PING", "EventEncoder", "EventId", "ping", "read_event_id"]
 
-PING: Final = encode_event(b"{}", type=b"ping")  # without an id: a heartbeat is no part of the answer
+_RETRY_MS: Final = 1000  # how long an EventSource waits before it comes back
 
-_RETRY_MS = 1000  # how long an EventSource waits before it comes back
+# 64 characters and 20 digits are more than any id of ours has; a bound, for the rest is echoed and looked up.
+_EVENT_ID: Final = re.compile(r"([A-Za-z0-9_-]{22,64})\.(0|[1-9][0-9]{0,19})", re.ASCII)
 
 _encoder = msgspec.json.Encoder()
+
+
+def ping(retry_ms: int | None = None) -> bytes:
+    """A heartbeat; with ``retry_ms``, how long the client waits before it comes back.
+
+    It has no id: it is no part of the answer. Nor does a ``retry`` ever stand alone, since some clients take a block
+    without data for an event that they cannot read.
+    """
+    return encode_event(b"{}", type=b"ping", retry=retry_ms)
+
+
+PING: Final = ping()
+
+
+class EventId(NamedTuple):
+    """Where a client is in an answer: the last event that it has seen."""
+
+    stream_id: str
+    number: int
+
+
+def read_event_id(text: str) -> EventId | None:
+    """What a ``Last-Event-ID`` says; None where it is none of ours (``SID.N``, N a plain decimal)."""
+    match = _EVENT_ID.fullmatch(text)
+    return None if match is None else EventId(match[1], int(match[2]))
 
 
 class EventEncoder:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from server.errors import RelayError, UpstreamIncomplete, UpstreamRejected, UpstreamTimeout
-from server.relay.answer import MOVES, Answer, Outcome, State
+from server.relay.answer import Answer
+from server.relay.life import Life, Outcome
 from server.wire.chat import ChatRequest
 from server.wire.chunks import Chunk, Delta, DeltaKind, Usage
 from server.wire.sse import EventStreamParser
@@ -50,9 +51,13 @@ def text(value: str) -> Chunk:
     return Chunk((Delta(DeltaKind.CONTENT, value),))
 
 
+def new_life() -> Life:
+    return Life(grace=5.0, window=60.0)
+
+
 def answer_of(play: Play, **limits: Any) -> tuple[Answer, FakeSource]:
     source = FakeSource(play)
-    return Answer("SID", "client", REQUEST, source, Limits(**limits)), source
+    return Answer("SID", REQUEST, source, Limits(**limits), new_life()), source
 
 
 def events_of(answer: Answer) -> list[tuple[str, str, Any]]:
@@ -94,7 +99,7 @@ async def test_a_whole_answer_is_start_tokens_usage_and_done() -> None:
     assert usage.pop("duration_ms") >= usage.pop("ttft_ms") >= 0
     assert usage == {"finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 2, "tokens": 2, "model": "spoke"}
     assert events[5] == ("SID.5", "message", "[DONE]")
-    assert (answer.state, answer.outcome, answer.tokens) == (State.ENDED, Outcome.COMPLETED, 2)
+    assert (answer.life.running, answer.life.outcome, answer.tokens) == (False, Outcome.COMPLETED, 2)
 
 
 async def test_the_start_is_in_the_log_before_anything_was_asked() -> None:
@@ -135,7 +140,7 @@ async def test_a_failure_is_the_last_event_and_no_done_follows(error: RelayError
     assert events_of(answer)[2:] == [
         ("SID.2", "message", {"error": error.code, "message": str(error), "retryable": error.retryable})
     ]
-    assert answer.outcome is outcome
+    assert answer.life.outcome is outcome
 
 
 @pytest.mark.parametrize(
@@ -145,7 +150,7 @@ async def test_a_bug_is_an_internal_error_and_nothing_else(play: Play, caplog: p
     answer, _ = answer_of(play)
     await ended(answer)
     assert events_of(answer)[-1][2]["error"] == "internal_error"
-    assert answer.outcome is Outcome.INTERNAL_ERROR
+    assert answer.life.outcome is Outcome.INTERNAL_ERROR
 
 
 async def test_an_answer_over_its_time_is_told_so_and_its_source_closed() -> None:
@@ -156,7 +161,7 @@ async def test_an_answer_over_its_time_is_told_so_and_its_source_closed() -> Non
     answer, source = answer_of(play, stream_timeout=0.05)
     await ended(answer)
     assert events_of(answer)[-1][2]["error"] == "stream_timeout"
-    assert (answer.outcome, source.cancelled) == (Outcome.TIMEOUT, True)
+    assert (answer.life.outcome, source.cancelled) == (Outcome.TIMEOUT, True)
 
 
 async def test_an_answer_whose_finish_reason_came_is_complete_even_if_its_done_never_comes() -> None:
@@ -166,7 +171,7 @@ async def test_an_answer_whose_finish_reason_came_is_complete_even_if_its_done_n
 
     answer, _ = answer_of(play, stream_timeout=0.05)
     await ended(answer)
-    assert answer.outcome is Outcome.COMPLETED
+    assert answer.life.outcome is Outcome.COMPLETED
 
 
 async def test_an_answer_over_its_bound_keeps_what_fitted_with_ids_in_a_row() -> None:
@@ -202,9 +207,9 @@ async def test_a_stop_ends_it_once_whenever_it_comes(when: str) -> None:
 
     last = events_of(answer)[-1][2]
     if when == "after its end":
-        assert (answer.outcome, last) == (Outcome.COMPLETED, "[DONE]")
+        assert (answer.life.outcome, last) == (Outcome.COMPLETED, "[DONE]")
     else:
-        assert answer.outcome is Outcome.CLIENT_GONE
+        assert answer.life.outcome is Outcome.CLIENT_GONE
         assert (last["error"], last["retryable"]) == ("interrupted", True)
     assert source.cancelled == (when == "while it speaks")
     assert answer.log.ended
@@ -219,7 +224,7 @@ async def test_what_comes_after_the_end_changes_nothing() -> None:
 
     answer, _ = answer_of(play)
     await ended(answer)
-    assert (answer.outcome, answer.tokens) == (Outcome.COMPLETED, 0)
+    assert (answer.life.outcome, answer.tokens) == (Outcome.COMPLETED, 0)
     assert events_of(answer)[-1][2] == "[DONE]"
 
 
@@ -235,14 +240,63 @@ async def test_time_to_first_token_is_measured_to_the_first_delta_with_content()
         now += 5
         done()
 
-    answer = Answer("SID", "client", REQUEST, FakeSource(play), Limits(), clock=lambda: now)
+    answer = Answer("SID", REQUEST, FakeSource(play), Limits(), new_life(), clock=lambda: now)
     await ended(answer)
     assert (answer.ttft, answer.duration) == (2.0, 7.0)
 
 
-def test_an_ended_answer_has_no_further_move() -> None:
-    assert MOVES[State.ENDED] == frozenset()
-    assert all(State.ENDED in moves for state, moves in MOVES.items() if state is not State.ENDED)
+async def test_a_stop_is_told_as_a_cancelled_answer_and_closes_the_upstream() -> None:
+    """Contract, section 4: a usage event whose finish_reason is ``cancelled``, then ``[DONE]``."""
+    speaking = asyncio.Event()
+
+    async def play(sink: Sink, done: Callable[[], None]) -> None:
+        sink([text("Hel"), Chunk(usage=Usage(3, 7), finish_reason="stop")])
+        speaking.set()
+        await asyncio.Event().wait()
+
+    answer, source = answer_of(play)
+    task = answer.start()
+    await speaking.wait()
+    answer.stop(Outcome.STOPPED)
+    *_, usage, done = events_of(answer)
+    assert (usage[1], usage[2]["finish_reason"], usage[2]["tokens"], usage[2]["completion_tokens"]) == (
+        "usage",
+        "cancelled",
+        1,
+        7,
+    )
+    assert done[2] == "[DONE]"
+    await asyncio.wait([task])
+    assert (source.cancelled, answer.life.outcome) == (True, Outcome.STOPPED)
+
+
+@pytest.mark.parametrize("kind", [DeltaKind.CONTENT, DeltaKind.REASONING, DeltaKind.TOOL_CALL])
+async def test_it_generates_no_more_than_its_budget(kind: DeltaKind) -> None:
+    """All that the upstream charges for counts, shown or not."""
+
+    async def play(sink: Sink, done: Callable[[], None]) -> None:
+        sink([Chunk((Delta(kind, "a"),)) for _ in range(9)])
+
+    source = FakeSource(play)
+    answer = Answer("SID", REQUEST, source, Limits(), new_life(), budget=4)
+    await ended(answer)
+    _, *shown, error = events_of(answer)
+    assert len(shown) == (0 if kind is DeltaKind.TOOL_CALL else 4)
+    assert (error[2]["error"], error[2]["retryable"]) == ("token_limit_exceeded", False)
+    assert (answer.life.outcome, answer.generated) == (Outcome.TOKEN_LIMIT, 4)
+
+
+@pytest.mark.parametrize(("reported", "generated"), [(None, 3), (0, 3), (2, 2), (50, 50)])
+async def test_what_it_cost_is_what_the_upstream_reports_or_else_its_deltas(
+    reported: int | None, generated: int
+) -> None:
+    async def play(sink: Sink, done: Callable[[], None]) -> None:
+        sink([text("a"), text("b"), text("c"), Chunk(usage=Usage(1, reported))])
+        done()
+
+    answer, _ = answer_of(play)
+    await ended(answer)
+    assert answer.generated == generated
 
 
 @pytest.mark.parametrize(("log_prompts", "kept"), [(False, None), (True, ["a"])])

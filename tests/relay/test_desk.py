@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from server.errors import Overloaded, ShuttingDown, TooManyStreams, UpstreamIncomplete
-from server.relay.answer import Outcome
 from server.relay.desk import Desk
+from server.relay.life import Outcome
 from server.wire.chat import ChatRequest
 from server.wire.chunks import Chunk, Delta, DeltaKind
 from tests.relay.test_viewer import FakeConnection
@@ -30,6 +30,8 @@ class Limits:
     max_streams_per_client: int = 2
     heartbeat: float = 30.0
     write_timeout: float = 30.0
+    resume_grace: float = 30.0
+    resume_window: float = 30.0
 
 
 class Endless:
@@ -126,7 +128,7 @@ async def test_an_answer_that_has_ended_holds_its_place_while_someone_reads_it(d
 
 async def test_a_draining_desk_admits_nobody_and_is_empty_when_the_last_has_gone(desk: Desk) -> None:
     viewers = await open_viewers(desk, "a")
-    desk.draining = True
+    desk.drain()
     with pytest.raises(ShuttingDown):
         desk.admit("b")
     waiting = asyncio.create_task(desk.empty())

@@ -1,4 +1,4 @@
-"""The token bucket round every request that may cost something."""
+"""The token buckets round every request that may cost something: one of requests, one of generated LLM tokens."""
 
 from __future__ import annotations
 
@@ -7,38 +7,57 @@ import math
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from server.api.keys import ALLOWANCE, BUCKETS, CLIENT
-from server.errors import RateLimited
+from server.api.keys import ALLOWANCE, BUCKETS, CLIENT, LLM_TOKENS
+from server.errors import RateLimited, TokenLimitExceeded
+from server.relay.admission import Reservation
 
-__all__ = ["limit_rate", "rate_limit_headers", "spend_token"]
+__all__ = ["limit_rate", "rate_limit_headers", "show_allowance", "spend"]
 
 
 @web.middleware
 async def limit_rate(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuse with 429 what :func:`spend_token` finds no token for.
+    """Refuse with 429 what :func:`spend` finds nothing for.
 
-    The bucket stands round the handler, but the handler says when to take from it: a request that is refused for
-    another reason, or that goes on with an answer already paid for, costs no token.
+    The buckets stand round the handler, but the handler says when to take from them: a request that is refused for
+    another reason, or that goes on with an answer already paid for, costs nothing.
     """
     try:
         return await handler(request)
     except RateLimited as refusal:
         refusal.retry_after = math.ceil(request[ALLOWANCE].next_in)
         raise
+    except TokenLimitExceeded as refusal:
+        refusal.retry_after = math.ceil(request.app[LLM_TOKENS].look(request[CLIENT]).next_in)
+        raise
 
 
-def spend_token(request: web.Request) -> None:
-    """Take one token from the bucket of the request's client. Raises RateLimited where there is none."""
-    buckets = request.app.get(BUCKETS)
-    if buckets is None:
-        return
-    request[ALLOWANCE] = allowance = buckets.take(request[CLIENT])
-    if not allowance.admitted:
+def spend(request: web.Request, max_tokens: int) -> Reservation | None:
+    """Take a request from the client's bucket, and reserve up to ``max_tokens`` of its LLM tokens where they are
+    limited. Raises RateLimited or TokenLimitExceeded, and then nothing was taken."""
+    client = request[CLIENT]
+    buckets, llm_tokens = request.app.get(BUCKETS), request.app.get(LLM_TOKENS)
+    show_allowance(request)
+    if buckets is not None and not request[ALLOWANCE].admitted:
         raise RateLimited
+    reservation = None
+    if llm_tokens is not None:
+        reservation = llm_tokens.reserve(client, max_tokens)
+        if reservation is None:
+            raise TokenLimitExceeded
+    if buckets is not None:
+        request[ALLOWANCE] = buckets.take(client)
+    return reservation
+
+
+def show_allowance(request: web.Request) -> None:
+    """Let the answer's headers say how the client stands, with nothing taken."""
+    buckets = request.app.get(BUCKETS)
+    if buckets is not None:
+        request[ALLOWANCE] = buckets.look(request[CLIENT])
 
 
 def rate_limit_headers(request: web.Request) -> dict[str, str]:
-    """``RateLimit-Policy`` and ``RateLimit`` (draft-ietf-httpapi-ratelimit-headers) of an answer that was counted.
+    """``RateLimit-Policy`` and ``RateLimit`` (draft-ietf-httpapi-ratelimit-headers) of an answer that was admitted.
 
     ``r`` is what is left, ``t`` the seconds until the next token comes back.
     """
