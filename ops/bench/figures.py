@@ -19,7 +19,7 @@ class Metric:
     key: str
     title: str
     digits: int = 2
-    ratio: bool = True  # whether "Sluice ÷ plain" says anything about it
+    ratio: bool = True  # whether one relay's ÷ another's says anything about it
     fault: bool = False  # a count of faults: of several rounds the worst is told, and no ratio
 
 
@@ -38,11 +38,11 @@ def summary(rounds: Sequence[Figures], metrics: Sequence[Metric]) -> Figures:
 
 
 def table(metrics: Sequence[Metric], rows: dict[str, Figures], ratio_of: tuple[str, str]) -> str:
-    """The rows under their titles; below, the first row of ``ratio_of`` divided by the second where both are there."""
+    """The rows under their titles; below, the first row of ``ratio_of`` divided by the second, where both are there."""
     lines = [["", *(metric.title for metric in metrics)]]
     for name, figures in rows.items():
         lines.append([name, *(f"{figures[metric.key]:.{metric.digits}f}" for metric in metrics)])
-    if all(name in rows for name in ratio_of):
+    if ratio_of[0] != ratio_of[1] and all(name in rows for name in ratio_of):
         over, under = (rows[name] for name in ratio_of)
         lines.append([" ÷ ".join(ratio_of), *(_ratio(metric, over, under) for metric in metrics)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

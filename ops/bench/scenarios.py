@@ -46,10 +46,12 @@ SLUICE = Relay(
         ("SLUICE_IDLE_TIMEOUT", "3600"),
         ("SLUICE_STREAM_TIMEOUT", "3600"),
         ("SLUICE_MAX_ANSWER_BYTES", str(1 << 24)),
+        ("SLUICE_RESUME_WINDOW", "3600"),
     ),
 )
 PLAIN = Relay("plain aiohttp", ("-m", "ops.bench.plain_relay"))
-RELAYS = {"sluice": SLUICE, "plain": PLAIN}
+WITHOUT_IDS = Relay("without ids", ("-m", "ops.bench.without_ids"), SLUICE.settings)
+RELAYS = {"sluice": SLUICE, "plain": PLAIN, "without-ids": WITHOUT_IDS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class Scale:
     cancel_tries: int = 200
     ttft_requests: int = 200
     memory_streams: int = 1000
+    kept_answers: int = 1000
+    kept_tokens: int = 200  # of each
     cpu_streams: int = 200
     cpu_rate: int = 50  # tokens per second and stream
     cpu_ramp_s: float = 2.0  # after the last stream has opened
@@ -136,6 +140,7 @@ _WINDOWS = (
     Window("mid_stream", "tokens=1200 rate=20", 3),
     Window("flowing", "tokens=60000 rate=2000", 100),
 )
+_READ_AT_ONCE = 20  # whole answers
 _PATIENCE_S = 3.0  # after the last leave; what the endpoint has not heard of by then is missed
 
 
@@ -243,6 +248,44 @@ async def measure_memory(rig: Rig, scale: Scale) -> Figures:
     }
 
 
+# ---- What an answer holds that has ended
+
+
+async def measure_kept(rig: Rig, scale: Scale) -> Figures:
+    """Answers that were read to their end, within their window, against the same process after a few of them."""
+    watched = rig.watch()
+    record = Record()
+    await _read_answers(rig, range(20), scale.kept_tokens, record)
+    await asyncio.sleep(0.5)
+    base = memory(rig.relay.pid)
+    record = Record(recording=True)
+    wrong = await _read_answers(rig, range(20, 20 + scale.kept_answers), scale.kept_tokens, record)
+    await asyncio.sleep(0.5)
+    full = memory(rig.relay.pid)
+    return {
+        "base_rss_mb": base.rss / 1024,
+        "rss_mb": full.rss / 1024,
+        "pss_kb_per_answer": (full.pss - base.pss) / scale.kept_answers,
+        "sent_kb_per_answer": record.bytes / 1024 / scale.kept_answers,
+        "wrong": float(wrong),
+        **watched(),
+    }
+
+
+async def _read_answers(rig: Rig, streams: range, tokens: int, record: Record) -> int:
+    """Read that many answers to their end, some at a time; returns how many were not right."""
+    wrong = 0
+    for first in range(streams.start, streams.stop, _READ_AT_ONCE):
+        together = range(first, min(first + _READ_AT_ONCE, streams.stop))
+        prompts = [(stream, f"id={stream} tokens={tokens} rate=2000") for stream in together]
+        viewers = await open_viewers(rig.relay.port, ask_relay, prompts, record)
+        for viewer in viewers:
+            await viewer.end()
+            wrong += bool(viewer.failure or viewer.check.wrong or viewer.check.next != tokens)
+            viewer.leave()
+    return wrong
+
+
 # ---- What a token costs
 
 
@@ -278,6 +321,7 @@ async def _flow(rig: Rig, port: int, ask: Ask, scale: Scale, window_s: float) ->
         raise RuntimeError("no token arrived in the window")
     return {
         "us_per_token": 1e6 * cpu_s / record.tokens,
+        "bytes_per_token": record.bytes / record.tokens,
         "late_p50_ms": percentile(record.late_ns, 0.5) / 1e6,
         "late_p99_ms": percentile(record.late_ns, 0.99) / 1e6,
         "delivered_percent": 100 * record.tokens / (scale.cpu_streams * scale.cpu_rate * wall_s),
@@ -329,10 +373,23 @@ SCENARIOS = {
         ),
         measure_memory,
     ),
+    "kept": Scenario(
+        "kept: answers that have ended and can still be replayed, the server's process",
+        (
+            Metric("base_rss_mb", "base RSS MB", 1),
+            Metric("rss_mb", "RSS MB", 1),
+            Metric("pss_kb_per_answer", "PSS KB/answer", 1),
+            Metric("sent_kb_per_answer", "sent KB/answer", 1),
+            Metric("wrong", "wrong", 0, fault=True),
+            *_TRUST,
+        ),
+        measure_kept,
+    ),
     "cpu": Scenario(
         "cpu: the server's processor time per relayed token; lateness from the endpoint's write to the viewer's read",
         (
             Metric("us_per_token", "µs/token", 1),
+            Metric("bytes_per_token", "bytes/token", 1),
             Metric("late_p50_ms", "late p50 ms"),
             Metric("late_p99_ms", "late p99 ms"),
             Metric("direct_late_p99_ms", "direct late p99 ms", ratio=False),

@@ -115,6 +115,7 @@ class Record:
 
     recording: bool = False
     tokens: int = 0
+    bytes: int = 0  # of the events, HTTP's framing taken off
     late_ns: array[int] = field(default_factory=lambda: array("q"))  # from the endpoint's write to the viewer's read
 
 
@@ -143,6 +144,12 @@ class Viewer(asyncio.Protocol):
             await self._waiting
         if self.failure:
             raise ViewerFailed(f"stream {self.check.stream}: {self.failure}")
+
+    async def end(self) -> None:
+        """Wait until the response has its end."""
+        async with asyncio.timeout(_OPENING_TIMEOUT_S):
+            while not (self._body.ended or self.failure):  # noqa: ASYNC110  no token tells of it
+                await asyncio.sleep(0.005)
 
     def leave(self, *, reset: bool = False) -> None:
         """Close the connection, with FIN or with RST."""
@@ -178,6 +185,8 @@ class Viewer(asyncio.Protocol):
     def _read(self, payload: bytes, now_ns: int) -> None:
         text, at = self._tail + payload, 0
         record, check = self._record, self.check
+        if record.recording:
+            record.bytes += len(payload)
         for match in _TOKEN.finditer(text):
             at = match.end()
             stream, number, written_ns = map(int, match.groups())

@@ -24,7 +24,7 @@ from server.wire.chat import ChatRequest
 
 __all__ = ["Desk", "DeskLimits", "Stream"]
 
-_ID_BYTES: Final = 24  # 192 random bits, 32 characters: nobody guesses a stream
+_ID_BYTES: Final = 16  # 128 random bits: nobody guesses a stream; every event carries its 22 characters
 _RETRY_SOON: Final = 5  # s, told to those refused for want of a place; when one gets free nobody knows
 _RETRY_SPREAD_MS: Final = (1000, 5000)  # over which viewers come back to a server that was restarted
 

@@ -201,6 +201,8 @@ async def test_a_scenario_measures_the_plain_relay(name: str) -> None:
         cancel_tries=8,
         ttft_requests=5,
         memory_streams=20,
+        kept_answers=20,
+        kept_tokens=5,
         cpu_streams=10,
         cpu_rate=50,
         cpu_ramp_s=0.1,
