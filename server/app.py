@@ -135,4 +135,6 @@ async def _stamp(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["X-Content-Type-Options"] = "nosniff"
     if is_api(request):
         response.headers["Vary"] = "Origin"
+        # Even of a 204 a cache may make its own: and then a question would be answered with somebody's end.
+        response.headers.setdefault("Cache-Control", "no-store")
         response.headers.update(rate_limit_headers(request))

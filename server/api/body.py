@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Final
 
 from aiohttp import web
@@ -10,6 +11,9 @@ from aiohttp import web
 from server.errors import BodyTooLarge, InvalidRequest, RequestTimeout, UnsupportedMediaType
 
 __all__ = ["drop_body", "read_json_body"]
+
+# By hand: aiohttp asks Python's e-mail parser, which takes a second over 8 kB of semicolons, and dies of parentheses.
+_JSON: Final = re.compile(r'application/json(?:[ \t]*;[ \t]*charset="?utf-?8"?)?', re.IGNORECASE | re.ASCII)
 
 _TIMEOUT: Final = 10.0  # s for a whole body; aiohttp has no limit of its own
 
@@ -19,9 +23,7 @@ async def read_json_body(request: web.Request) -> bytes:
 
     The type is more than a formality: a page of another origin can post ``text/plain`` without asking, JSON it cannot.
     """
-    if request.content_type.lower() != "application/json":
-        raise UnsupportedMediaType
-    if (request.charset or "utf-8").lower() not in {"utf-8", "utf8"}:
+    if not _JSON.fullmatch(request.headers.get("Content-Type", "").strip()):
         raise UnsupportedMediaType
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType  # a bomb of 10 kB would be 10 MB

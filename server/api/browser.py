@@ -49,9 +49,7 @@ async def create_stream(request: web.Request) -> web.StreamResponse:
     messages = tuple((message.role, message.content) for message in chat.messages)
     stream = _open(request, _to_request(messages, settings, chat.max_tokens, chat.temperature))
     url = f"/api/streams/{stream.id}"
-    return web.json_response(
-        {"id": stream.id, "url": url}, status=201, headers={"Location": url, "Cache-Control": "no-store"}
-    )
+    return web.json_response({"id": stream.id, "url": url}, status=201, headers={"Location": url})
 
 
 async def view_stream(request: web.Request) -> web.StreamResponse:

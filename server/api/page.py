@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import html
-import mimetypes
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,8 +21,21 @@ __all__ = ["CONTENT_SECURITY_POLICY", "PublicFiles"]
 
 CONTENT_SECURITY_POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    # Text becomes markup in one place, behind the sanitiser's own policy (public/sanitise.js).
+    "require-trusted-types-for 'script'; trusted-types dompurify"
 )
+
+_MESSAGE_PER_QUESTION: Final = 32  # a chat message's bound, as server/api/browser.py has it
+
+# By name and not by the machine's own table, which may lack one or call JavaScript otherwise.
+_TYPES: Final = {
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+    ".txt": "text/plain",
+}
 
 _HEADERS: Final = {
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
@@ -49,7 +61,7 @@ class PublicFiles:
             "model": settings.llm_model,
             "demo": "true" if demo else "false",
             "heartbeat": f"{settings.heartbeat:g}",
-            "max_query": str(settings.max_query_chars),
+            "max_message": str(_MESSAGE_PER_QUESTION * settings.max_query_chars),
         }
         self._files: dict[str, _File] = {}
         for path in sorted(root.rglob("*")):
@@ -60,7 +72,7 @@ class PublicFiles:
                 body = _fill_in(body.decode("utf-8"), values).encode("utf-8")
             name = path.relative_to(root).as_posix()
             self._files["/" if name == "index.html" else f"/{name}"] = _File(
-                body, mimetypes.guess_type(name)[0] or "application/octet-stream", hashlib.sha256(body).hexdigest()[:32]
+                body, _TYPES.get(path.suffix, "application/octet-stream"), hashlib.sha256(body).hexdigest()[:32]
             )
 
     def add_routes(self, app: web.Application) -> None:

@@ -162,7 +162,8 @@ async def _check_head(response: aiohttp.ClientResponse) -> None:
     status = response.status
     if status != 200:
         raise _failed_status(status, response.headers.get("Retry-After"))
-    content_type = response.content_type.lower()
+    # Not aiohttp's content_type: that asks Python's e-mail parser, which takes seconds over some headers.
+    content_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if content_type == "application/json" or content_type.endswith("+json"):
         raise await _failed_json(response)
     if content_type != "text/event-stream":

@@ -76,8 +76,8 @@ def _in_our_words(exc: Exception) -> str:
 
 
 def _invalid(reason: str) -> InvalidRequest:
-    shown = "".join(character if character.isprintable() else f"\\u{ord(character):04x}" for character in reason)
-    return InvalidRequest("invalid_request", f"The request's body is not what this takes: {shown[:_MAX_ECHO]}.")
+    shown = "".join(character if character.isprintable() else "?" for character in reason[:_MAX_ECHO])
+    return InvalidRequest("invalid_request", f"The request's body is not what this takes: {shown}.")
 
 
 # ---- To an upstream
