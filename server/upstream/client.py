@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ MAX_MALFORMED_EVENTS: Final = 10  # in one answer; an endpoint with more does no
 _MAX_ERROR_BODY: Final = 64 << 10  # bytes of a JSON body that are read to see whether it is an error object
 _ERROR_BODY_TIMEOUT: Final = 2.0  # s, for the same
 _AFTER_DONE_TIMEOUT: Final = 0.1  # s for the body's end to follow [DONE]; with it the connection can be used again
+_SENT_AT_ONCE: Final = 512 << 10  # bytes of a request's body
 _FED_AT_ONCE: Final = 32 << 10  # bytes parsed before other streams get their turn: about 2 ms of work
 
 # What error objects in a stream are called, with the status that the same failure has before a stream.
@@ -122,7 +124,8 @@ class UpstreamClient:
         try:
             async with self._session.post(
                 URL(endpoint.base_url.rstrip("/") + "/chat/completions"),
-                data=body,
+                # aiohttp would hand more than that over to the socket in one go, and warns of it.
+                data=body if len(body) <= _SENT_AT_ONCE else io.BytesIO(body),
                 headers=_request_headers(endpoint),
                 allow_redirects=False,  # a 307 would send the prompt elsewhere
                 trace_request_ctx=trace,
