@@ -69,11 +69,8 @@ class TokenBuckets:
     def reserve(self, client: str, most: int) -> Reservation | None:
         """Take up to ``most`` tokens, as many whole ones as there are, for something whose cost shows at its end; None
         where there is none."""
-        amount = min(most, self.look(client).remaining)
-        if amount < 1:
-            return None
-        self._fill(client, -amount)
-        return Reservation(amount, lambda used: self._fill(client, amount - used))
+        reservation = Reservation(self, client)
+        return reservation if reservation.extend(most) else None
 
     def _missing(self, client: str, now: float) -> float:
         """How many tokens the bucket lacks; more than it holds where the client owes some."""
@@ -104,14 +101,27 @@ class TokenBuckets:
 
 
 class Reservation:
-    """Tokens that are taken before it is known how many will be used."""
+    """Tokens that are taken before it is known how many will be used: ``amount`` of them."""
 
-    def __init__(self, amount: int, settle: Callable[[int], None]) -> None:
-        self.amount = amount
-        self._settle: Callable[[int], None] | None = settle
+    __slots__ = ("_buckets", "_client", "_settled", "amount")
+
+    def __init__(self, buckets: TokenBuckets, client: str) -> None:
+        self._buckets = buckets
+        self._client = client
+        self._settled = False
+        self.amount = 0
+
+    def extend(self, most: int) -> bool:
+        """Take up to ``most`` more; false where there is none."""
+        more = min(most, self._buckets.look(self._client).remaining)
+        if more < 1:
+            return False
+        self.amount += more
+        self._buckets._fill(self._client, -more)
+        return True
 
     def settle(self, used: int) -> None:
         """Give back what was not ``used``, or charge what was used beyond; once, whatever is said later."""
-        settle, self._settle = self._settle, None
-        if settle is not None:
-            settle(used)
+        if not self._settled:
+            self._settled = True
+            self._buckets._fill(self._client, self.amount - used)

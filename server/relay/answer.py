@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from server.errors import (
     AnswerTooLarge,
@@ -19,6 +19,7 @@ from server.errors import (
     UpstreamFailed,
     UpstreamTimeout,
 )
+from server.relay.admission import Reservation
 from server.relay.life import Life, Outcome
 from server.relay.log import LogFull, ReplayLog
 from server.wire.chat import ChatRequest
@@ -26,6 +27,8 @@ from server.wire.chunks import Chunk, DeltaKind, Usage
 from server.wire.events import EventEncoder
 
 __all__ = ["Answer", "AnswerLimits", "Source"]
+
+_RESERVED_MORE: Final = 64  # LLM tokens at a time, for an answer that outgrows what was reserved for it
 
 _log = logging.getLogger("sluice.stream")
 
@@ -58,8 +61,8 @@ class Answer:
     """Asks ``source`` and writes what comes into ``log``; viewers read the log and know nothing of the source.
 
     ``run`` is the whole of it: cancelling the task that runs it closes the upstream request, and however it ends the
-    log gets a last event and ``life`` its outcome, once; then ``on_end`` is called. ``budget`` bounds the LLM tokens
-    that it may generate. ``clock`` gives seconds that only go forward.
+    log gets a last event and ``life`` its outcome, once; then ``on_end`` is called. ``reservation`` bounds the LLM
+    tokens that it may generate, and is settled at its end. ``clock`` gives seconds that only go forward.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class Answer:
         limits: AnswerLimits,
         life: Life,
         *,
-        budget: float = math.inf,
+        reservation: Reservation | None = None,
         on_end: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -86,7 +89,8 @@ class Answer:
         self._source = source
         self._limits = limits
         self.life = life
-        self._budget = budget
+        self._reservation = reservation
+        self._budget = math.inf if reservation is None else reservation.amount  # deltas
         self._on_end = on_end
         self._clock = clock
         self._began_at = clock()
@@ -150,7 +154,7 @@ class Answer:
             for chunk in chunks:
                 for kind, text in chunk.deltas:
                     if self._deltas >= self._budget:
-                        raise TokenLimitExceeded
+                        self._extend_budget()
                     self._deltas += 1
                     if kind is DeltaKind.CONTENT:
                         log.append(self._encoder.token(log.next_number, text))
@@ -171,6 +175,13 @@ class Answer:
             raise AnswerTooLarge from None
         finally:
             log.publish()
+
+    def _extend_budget(self) -> None:
+        """Some endpoints say more than they were asked for, or one token in several deltas: no reason to cut the answer
+        of a client who has tokens left."""
+        if self._reservation is None or not self._reservation.extend(_RESERVED_MORE):
+            raise TokenLimitExceeded
+        self._budget = self._reservation.amount
 
     # ---- The ways it ends
 
@@ -206,6 +217,10 @@ class Answer:
     def _end(self, outcome: Outcome, *last: bytes) -> None:
         self.life.end(outcome)
         self.duration = self._clock() - self._began_at
+        # At once, and not when the task is over: the client's next request may be here before the upstream's connection
+        # is tidied up.
+        if self._reservation is not None:
+            self._reservation.settle(self.generated)
         self.log.end(last)
         self._on_end()
 

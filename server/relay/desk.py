@@ -56,15 +56,14 @@ class DeskLimits(AnswerLimits, Protocol):
 class Stream:
     """An answer as the desk keeps it, from its opening until it is forgotten."""
 
-    __slots__ = ("answer", "client", "holds_place", "id", "life", "log", "reservation", "timer")
+    __slots__ = ("answer", "client", "holds_place", "id", "life", "log", "timer")
 
-    def __init__(self, client: str, life: Life, answer: Answer, reservation: Reservation | None) -> None:
+    def __init__(self, client: str, answer: Answer) -> None:
         self.id = answer.id
         self.client = client  # whom it was opened for
-        self.life = life
+        self.life = answer.life
         self.log: EventLog = answer.log
         self.answer: Answer | None = answer  # gone once its task is over: what is kept is the log
-        self.reservation = reservation
         self.holds_place = True
         self.timer: asyncio.TimerHandle | None = None  # for what is due next
 
@@ -121,18 +120,17 @@ class Desk:
 
         ``reservation`` is what it may spend of the client's LLM tokens.
         """
-        life = Life(grace=self._limits.resume_grace, window=self._limits.resume_window, clock=self._clock)
         answer = Answer(
             secrets.token_urlsafe(_ID_BYTES),
             request,
             self._source,
             self._limits,
-            life,
-            budget=math.inf if reservation is None else reservation.amount,
-            on_end=lambda: self._answer_ended(stream),
+            Life(grace=self._limits.resume_grace, window=self._limits.resume_window, clock=self._clock),
+            reservation=reservation,
+            on_end=lambda: self._attend(stream),
             clock=self._clock,
         )
-        stream = Stream(client, life, answer, reservation)
+        stream = Stream(client, answer)
         self._streams[stream.id] = stream
         self._places[client] += 1
         self.streams += 1
@@ -227,13 +225,6 @@ class Desk:
         self._kept.clear()
 
     # ---- Bookkeeping
-
-    def _answer_ended(self, stream: Stream) -> None:
-        """The log has its last event. At once, and not when the task is over: the client's next request may be here
-        before the upstream's connection is tidied up."""
-        if stream.reservation is not None and stream.answer is not None:
-            stream.reservation.settle(stream.answer.generated)
-        self._attend(stream)
 
     def _task_over(self, task: asyncio.Task[None], stream: Stream) -> None:
         self._tasks.discard(task)

@@ -93,7 +93,7 @@ class Viewer:
             elif self._retry_ms is not None:
                 retry_ms, self._retry_ms = self._retry_ms, None
                 await self._write(ping(retry_ms))
-            elif self._loop.time() - self._sent_at >= self._heartbeat:
+            elif self._loop.time() >= self._sent_at + self._heartbeat:  # as the timer reckons, to the last bit
                 await self._write(PING)
             else:
                 await self._more.wait()
@@ -115,9 +115,10 @@ class Viewer:
             self.stalled = True
             self._connection.reset()  # it had its time to take what the kernel holds
             return
-        if now - self._sent_at >= self._heartbeat:
-            self._more.set()
         next_check = min(now + self._check_every, self._taken_at + self._write_timeout)
-        if self._sent_at + self._heartbeat > now:
-            next_check = min(next_check, self._sent_at + self._heartbeat)
+        ping_due_at = self._sent_at + self._heartbeat
+        if now >= ping_due_at:
+            self._more.set()
+        else:
+            next_check = min(next_check, ping_due_at)
         self._timer = self._loop.call_at(next_check, self._check)

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from server.errors import RelayError, UpstreamIncomplete, UpstreamRejected, UpstreamTimeout
+from server.relay.admission import TokenBuckets
 from server.relay.answer import Answer
 from server.relay.life import Life, Outcome
+from server.settings import Rate
 from server.wire.chat import ChatRequest
 from server.wire.chunks import Chunk, Delta, DeltaKind, Usage
 from server.wire.sse import EventStreamParser
@@ -277,13 +279,34 @@ async def test_it_generates_no_more_than_its_budget(kind: DeltaKind) -> None:
     async def play(sink: Sink, done: Callable[[], None]) -> None:
         sink([Chunk((Delta(kind, "a"),)) for _ in range(9)])
 
-    source = FakeSource(play)
-    answer = Answer("SID", REQUEST, source, Limits(), new_life(), budget=4)
+    reservation = TokenBuckets(Rate(4, 1e6)).reserve("client", 100)
+    answer = Answer("SID", REQUEST, FakeSource(play), Limits(), new_life(), reservation=reservation)
     await ended(answer)
     _, *shown, error = events_of(answer)
     assert len(shown) == (0 if kind is DeltaKind.TOOL_CALL else 4)
     assert (error[2]["error"], error[2]["retryable"]) == ("token_limit_exceeded", False)
     assert (answer.life.outcome, answer.generated) == (Outcome.TOKEN_LIMIT, 4)
+
+
+async def test_it_outgrows_its_reservation_while_its_client_has_tokens() -> None:
+    """An endpoint that says more than it was asked for has not used up what another answer may use."""
+    buckets = TokenBuckets(Rate(500, 1e6))
+
+    async def play(sink: Sink, done: Callable[[], None]) -> None:
+        sink([text("a") for _ in range(300)])
+        done()
+
+    answer = Answer(
+        "SID",
+        REQUEST,
+        FakeSource(play),
+        Limits(max_answer_bytes=100_000),
+        new_life(),
+        reservation=buckets.reserve("c", 4),
+    )
+    await ended(answer)
+    assert (answer.life.outcome, answer.generated) == (Outcome.COMPLETED, 300)
+    assert buckets.look("c").remaining == 200
 
 
 @pytest.mark.parametrize(("reported", "generated"), [(None, 3), (0, 3), (2, 2), (50, 50)])
