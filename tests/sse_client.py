@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import aiohttp
 from multidict import CIMultiDictProxy
 
-__all__ = ["Answer", "Event", "Stream", "ask", "open_stream"]
+__all__ = ["Answer", "Event", "Stream", "ask", "open_stream", "open_view", "view"]
 
 
 class Event(NamedTuple):
@@ -81,6 +81,53 @@ class Answer:
     def complete(self) -> bool:
         """Whether ``[DONE]`` was seen."""
         return any(event.data == "[DONE]" for event in self.events)
+
+
+class AnswerReader:
+    """What a client that keeps to the standard makes of an answer's bytes, come over one connection or over many.
+
+    A block counts, and its id with it, when its blank line is here; what a connection that ended left of one is dropped
+    (WHATWG HTML §9.2.6). Asserts that the ids rise by one from wherever they begin.
+    """
+
+    def __init__(self, last_event_id: str | None = None) -> None:
+        self.last_event_id = last_event_id
+        self.taken = bytearray()  # the blocks that have an id, byte for byte
+        self.events: list[Event] = []  # likewise
+        self.pings: list[bytes] = []  # the other blocks
+        self._partial = b""
+
+    @property
+    def seen(self) -> int:
+        """The number of the last event seen; -1 for none."""
+        return -1 if self.last_event_id is None else int(self.last_event_id.rpartition(".")[2])
+
+    @property
+    def ended(self) -> bool:
+        """Whether ``[DONE]`` or an error has been seen."""
+        return bool(self.events) and (self.events[-1].data == "[DONE]" or self.events[-1].data.startswith('{"error"'))
+
+    @property
+    def tokens(self) -> list[str]:
+        return [event.json["token"] for event in self.events if event.data.startswith('{"token"')]
+
+    def feed(self, data: bytes) -> None:
+        *blocks, self._partial = (self._partial + data).split(b"\n\n")
+        for block in blocks:
+            event = _read_block(block)
+            if not event.id:
+                assert event.type == "ping", f"a block without an id: {block!r}"
+                self.pings.append(block + b"\n\n")
+                continue
+            assert not self.ended, f"an event behind the last one: {block!r}"
+            assert event.number == self.seen + 1, f"{event.id} follows {self.last_event_id}"
+            self.last_event_id = event.id
+            self.events.append(event)
+            self.taken += block + b"\n\n"
+
+    def disconnected(self) -> None:
+        """The connection is over."""
+        self._partial = b""
 
 
 class Stream:
@@ -150,6 +197,31 @@ async def open_stream(url: str, q: str = "hi", **headers: str) -> AsyncIterator[
 async def ask(url: str, q: str = "hi", **headers: str) -> Answer:
     """Ask, and read the answer to its end."""
     async with open_stream(url, q, **headers) as stream:
+        await stream.read_all()
+        return stream.answer
+
+
+@contextlib.asynccontextmanager
+async def open_view(url: str, **headers: str) -> AsyncIterator[Stream]:
+    """``GET url``, the whole URL of a stream; otherwise as :func:`open_stream`."""
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session,
+        session.get(
+            url,
+            headers={name.replace("_", "-"): value for name, value in headers.items()},
+            timeout=aiohttp.ClientTimeout(total=50),
+        ) as response,
+    ):
+        stream = Stream(response)
+        try:
+            yield stream
+        finally:
+            await stream.close()
+
+
+async def view(url: str, **headers: str) -> Answer:
+    """View the stream at ``url`` to its end."""
+    async with open_view(url, **headers) as stream:
         await stream.read_all()
         return stream.answer
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from multidict import CIMultiDict
 
-__all__ = ["ASK", "LEAVING", "RawClient", "Response", "request"]
+__all__ = ["ASK", "CHAT", "LEAVING", "RawClient", "Response", "post", "request"]
 
 _LINGER_ZERO: Final = struct.pack("ii", 1, 0)
 _PATIENCE: Final = 20.0  # s for one read; a test that waits longer has failed
@@ -33,6 +33,15 @@ def request(
 
 
 ASK: Final = request()
+
+CHAT: Final = b'{"messages":[{"role":"user","content":"hi"}]}'
+
+
+def post(body: bytes = CHAT, *headers: str, target: str = "/api/streams") -> bytes:
+    """A POST's bytes, its length announced; ``application/json`` unless the headers give a ``Content-Type``."""
+    if not any(header.lower().startswith("content-type:") for header in headers):
+        headers = (*headers, "Content-Type: application/json")
+    return request(target, *headers, f"Content-Length: {len(body)}", method="POST", body=body)
 
 
 @dataclass(slots=True)
@@ -153,6 +162,19 @@ class RawClient:
             response.body = await self.read_to_end()
             response.complete = not self.was_reset
         return response
+
+    async def read_chunk(self) -> bytes:
+        """The next chunk of a chunked body, which is one write of the server's; empty at the body's end.
+
+        Raises EOFError if the connection ends before.
+        """
+        size = int(await self.read_until(b"\r\n"), 16)
+        while len(self.received) < size + 2:
+            data = await self._receive(65_536)
+            if not data:
+                raise EOFError(bytes(self.received[:200]))
+            self.received += data
+        return self._take(size + 2)[:-2]
 
     async def ask(self, data: bytes = ASK) -> Response:
         """Send a request's bytes and read the one response."""

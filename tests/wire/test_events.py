@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from server.errors import RelayError, UpstreamRejected, UpstreamTimeout
 from server.wire.chunks import Usage
-from server.wire.events import PING, EventEncoder
+from server.wire.events import PING, EventEncoder, EventId, ping, read_event_id
 from server.wire.sse import EventStreamParser
 
 encoder = EventEncoder("SID")
@@ -45,6 +45,20 @@ def test_a_heartbeat_has_no_id_and_is_no_message() -> None:
     assert PING == b"event: ping\ndata: {}\n\n"
 
 
+def test_a_heartbeat_can_say_when_to_come_back() -> None:
+    """In one block with its data: some clients take a ``retry`` that stands alone for an event."""
+    assert ping(2500) == b"retry: 2500\nevent: ping\ndata: {}\n\n"
+    assert ping() == PING
+
+
+@pytest.mark.parametrize("retry_ms", [None, 0, 1000])
+def test_a_heartbeat_leaves_a_client_where_it_is(retry_ms: int | None) -> None:
+    """Without an id it does not reset what the client will send as ``Last-Event-ID``."""
+    [token, heartbeat] = EventStreamParser().feed(encoder.token(7, "a") + ping(retry_ms))
+    assert token.last_event_id == heartbeat.last_event_id == b"SID.7"
+    assert (heartbeat.type, heartbeat.data) == (b"ping", b"{}")
+
+
 @pytest.mark.parametrize(("error", "retryable"), [(UpstreamTimeout(), True), (UpstreamRejected(), False)])
 def test_a_failure_is_a_plain_message_in_our_words(error: RelayError, retryable: bool) -> None:
     """Not an event named ``error``: that is what EventSource calls its own connection errors."""
@@ -62,3 +76,54 @@ def test_a_token_of_any_text_is_one_event_with_exactly_that_text(text: str) -> N
     [event] = EventStreamParser().feed(encoder.token(9, text))
     assert json.loads(event.data) == {"token": text}
     assert event.last_event_id == b"SID.9"
+
+
+# ---- Ids that come back
+
+SID = "Az09_-" * 6
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-"
+
+READ = {
+    f"{SID}.0": EventId(SID, 0),
+    f"{SID}.1": EventId(SID, 1),
+    f"{SID}.{10**20 - 1}": EventId(SID, 10**20 - 1),
+    f"{'-' * 22}.12": EventId("-" * 22, 12),
+    f"{'a' * 64}.12": EventId("a" * 64, 12),
+}
+
+
+@pytest.mark.parametrize(("text", "meant"), READ.items())
+def test_an_event_id_is_a_stream_and_a_number(text: str, meant: EventId) -> None:
+    assert read_event_id(text) == meant
+
+
+NO_ID = [
+    *("", ".", "0", SID, f"{SID}.", ".0", f"{SID}0", f" {SID}.0", f"{SID}.0 ", f"{SID}.0\n", f"{SID}. 0", f"{SID} .0"),
+    *(f"{SID}.{number}" for number in ("-1", "+1", "1e3", "1.0", "0x1", "1_0", "00", "01", "a", "None", "1,2")),
+    *(f"{SID}.{digit}" for digit in "\u0663\uff13\u00b2\u0967\U0001d7ce"),
+    *(f"{SID}.{'1' * 21}", f"{SID}.{'1' * 10_000}", f"{'a' * 21}.0", f"{'a' * 65}.0", f"{'a' * 10_000}.0"),
+    *(f"{SID}{character}.0" for character in "é./+=%\0\n ~\udcff"),
+    *(f"{SID}.0{character}" for character in "é./+=%\0\n\r\u2028\udcff"),
+    f"{SID}.0{SID}.0",
+]
+
+
+@pytest.mark.parametrize("text", NO_ID, ids=lambda text: ascii(text)[-30:])
+def test_what_is_no_event_id_is_not_read_as_one(text: str) -> None:
+    """Row A23: ``SID.N`` to the letter, N a plain decimal in ASCII."""
+    assert read_event_id(text) is None
+
+
+@given(st.text(alphabet=ALPHABET, min_size=22, max_size=64), st.integers(0, 10**20 - 1))
+def test_an_id_of_ours_is_read_as_it_was_meant(stream_id: str, number: int) -> None:
+    [event] = EventStreamParser().feed(EventEncoder(stream_id).done(number))
+    assert read_event_id(event.last_event_id.decode("ascii")) == EventId(stream_id, number)
+
+
+@given(st.text() | st.text(alphabet=ALPHABET + ".+\u0663 \n", min_size=20, max_size=90))
+def test_whatever_is_read_as_an_id_is_one(text: str) -> None:
+    """It is echoed and looked up, so nothing else may pass."""
+    if (seen := read_event_id(text)) is not None:
+        assert text == f"{seen.stream_id}.{seen.number}"
+        assert set(seen.stream_id) <= set(ALPHABET)
+        assert 22 <= len(seen.stream_id) <= 64
