@@ -164,11 +164,11 @@ class Desk:
             write_timeout=self._limits.write_timeout,
             offset=0 if after is None else stream.log.end_of(after),
         )
+        stream.life.join()
         self._viewers[viewer] = connection
         self._empty.clear()
         if self.draining:
             _spread_return(viewer)
-        stream.life.join()
         self._attend(stream)
         try:
             yield viewer
