@@ -1,26 +1,37 @@
-// The page: one question at a time, its answer as it is written, and what became of it.
+// The page: a conversation, one answer at a time as it is written, and what became of each.
 //
 //   idle → connecting → waiting → generating → done        the state stands in <html data-state>, where style.css and
-//              └───────────┴───────────┴─────→ stopped     assistive technology's status line follow it; a question
-//              └───────────┴───────────┴─────→ error       may be asked in every state of the first and last column
+//              ├───────────┴─────┬─────┴─────→ stopped     assistive technology's status line follow it; a question
+//              │           reconnecting ─────→ error       may be asked in every state of the first and last column
+//              └───────────────────────────────↗
 
+import { ChatList } from "/chats.js";
+import { canCopy } from "/clipboard.js";
+import { messagesOf, newConversation, newTurn } from "/conversation.js";
+import { showFigures } from "/figures.js";
 import { EndFollower } from "/follow.js";
+import { History } from "/history.js";
+import { onLeaving } from "/leaving.js";
+import { QuestionField } from "/question.js";
+import { beginStream, stopStream } from "/server.js";
 import { AnswerStream } from "/stream.js";
-import { GrowingText } from "/text.js";
+import { TurnView } from "/turn.js";
 import * as words from "/words.js";
 
 const TICK_MS = 250; // one coarse timer for all that depends on time, and only while an answer is under way
+const SAVE_MS = 1000; // of an answer under way, no more than that is lost with the browser
 
 const EXAMPLES = ["Explain server-sent events in three sentences.", "Write a haiku about flowing water.", "Why is the sky blue?"];
 // The demo model answers out of Sluice's own documentation, and out of nothing else.
 const DEMO_EXAMPLES = ["What does Sluice do?", "What happens when I press Stop?", "How do I connect a real model?"];
 
 const page = document.documentElement;
+page.classList.toggle("cannot-copy", !canCopy);
 const settings = {
   model: page.dataset.model,
   demo: page.dataset.demo === "true",
   heartbeatS: Number(page.dataset.heartbeat) || 15,
-  maxQuery: Number(page.dataset.maxQuery) || 1000,
+  maxMessage: Number(page.dataset.maxMessage) || 32_000,
 };
 
 const element = (id) => document.getElementById(id);
@@ -28,235 +39,336 @@ const question = element("question");
 const ask = element("ask");
 const stop = element("stop");
 const retry = element("retry");
-const copy = element("copy");
-const answer = element("answer");
-const reasoning = element("reasoning");
 const status = element("status");
 
+const history = new History();
 const follower = new EndFollower(element("follow"));
-const answerText = new GrowingText(answer, () => {
-  follower.grown();
-  showStats();
-});
-const reasoningText = new GrowingText(element("reasoning-text"), () => follower.grown());
+const field = new QuestionField(question, element("limit"), ask, settings.maxMessage);
 
-let asked = null; // the question on show: its text, its clock, and what has come for it so far
-let stream = null; // open while an answer is under way, null otherwise
+let conversation = newConversation();
+let views = []; // of its turns, in the same order
+let running = null; // the answer under way: its turn and view, and its stream once there is one
 let ticking = 0;
+let savedAt = 0;
 
-// ---- asking and ending
+// ---- asking
 
-function begin(text) {
-  stream?.close();
-  asked = { text, model: settings.model, beganAt: performance.now(), firstAt: null, endedAt: null, tokens: 0, usage: {} };
-  element("asked").textContent = text;
-  element("welcome").hidden = true;
-  element("exchange").hidden = false;
-  answerText.clear();
-  reasoningText.clear();
-  reasoning.hidden = true;
-  reasoning.open = false;
-  page.dataset.finish = "";
-  showModel(settings.model);
-  stream = new AnswerStream(text, settings.heartbeatS, LISTENER);
-  ticking = setInterval(tick, TICK_MS);
+function begin(text, place = conversation.turns.length) {
+  if (running !== null) stopAnswer(); // an earlier question was changed meanwhile
+  const focused = document.activeElement;
+  cut(place);
+  const turn = newTurn(text);
+  conversation.turns.push(turn);
+  history.change(conversation);
+  const view = addView(turn);
+  showConversation();
+  watch(turn, view);
   setState("connecting", "Connecting…");
+  if (!focused.isConnected) stop.focus({ preventScroll: true }); // a button of a turn that is no more
   follower.begin();
+  post(running);
+}
+
+async function post(answer) {
+  let url;
+  try {
+    url = await beginStream(messagesOf(conversation, settings.maxMessage));
+  } catch (refusal) {
+    if (running === answer) finish("error", words.refused(refusal, navigator.onLine));
+    return;
+  }
+  if (running !== answer) {
+    stopStream(url); // stopped before the server had said yes
+    return;
+  }
+  answer.turn.url = url;
+  history.own = url;
+  save();
+  attach();
+}
+
+// Keeps an eye on an answer until its end.
+function watch(turn, view) {
+  running = { turn, view, stream: null, shown: null };
+  clearInterval(ticking);
+  ticking = setInterval(tick, TICK_MS);
+}
+
+function attach() {
+  const { turn } = running;
+  running.stream = new AnswerStream({
+    url: turn.url,
+    lastId: turn.lastId,
+    heartbeatS: settings.heartbeatS,
+    listener: LISTENER,
+  });
 }
 
 const LISTENER = {
   opened() {
-    if (page.dataset.state === "connecting") setState("waiting", "Waiting for the first token…");
+    setState(...progress(running.turn));
+  },
+  lost() {
+    setState("reconnecting", words.reconnecting(navigator.onLine));
+  },
+  heard(id) {
+    running.turn.lastId = id;
   },
   started(model) {
     showModel(model);
   },
   token(text) {
-    if (asked.tokens === 0) {
-      asked.firstAt ??= performance.now();
-      setState("generating", "Generating…");
-    }
-    asked.tokens += 1;
-    answerText.append(text);
+    const { turn, view } = running;
+    turn.tokens += 1;
+    turn.answer += text;
+    view.addToken(text);
+    began();
   },
   reasoning(text) {
-    if (reasoning.hidden) {
-      reasoning.hidden = false;
-      asked.firstAt ??= performance.now();
-      if (asked.tokens === 0) setState("generating", "Reasoning…");
-    }
-    reasoningText.append(text);
+    const { turn, view } = running;
+    turn.reasoning += text;
+    view.addReasoning(text);
+    began();
   },
   usage(usage) {
-    asked.usage = usage;
+    running.turn.usage = usage;
     showModel(usage.model);
   },
   ended(end) {
+    const { tokens, usage, beganAt } = running.turn;
     if (end.kind === "failed") {
-      finish("error", words.failure(end, asked.tokens, navigator.onLine));
-    } else if (asked.usage.finish_reason === "cancelled") {
-      finish("stopped", words.stopped(asked.tokens)); // stopped, but not by this page
+      finish("error", words.failure(end, tokens, navigator.onLine));
+    } else if (usage.finish_reason === "cancelled") {
+      finish("stopped", words.stopped(tokens)); // stopped, but not by this page
     } else {
-      const { tokens, usage } = asked;
-      page.dataset.finish = usage.finish_reason ?? "";
-      finish("done", words.done(usage.tokens ?? tokens, usage.duration_ms ?? performance.now() - asked.beganAt, usage.finish_reason));
+      finish("done", words.done(usage.tokens ?? tokens, usage.duration_ms ?? Date.now() - beganAt, usage.finish_reason));
     }
   },
 };
 
-function stopAnswer(why = words.stopped(asked.tokens)) {
-  stream.close();
-  finish("stopped", why);
+function began() {
+  const { turn } = running;
+  turn.firstAt ??= Date.now();
+  const [state, sentence] = progress(turn);
+  if (status.textContent !== sentence) setState(state, sentence);
+}
+
+function progress({ tokens, reasoning }) {
+  if (tokens > 0) return ["generating", "Generating…"];
+  if (reasoning !== "") return ["generating", "Reasoning…"];
+  return ["waiting", "Waiting for the first token…"];
+}
+
+function tick() {
+  const { stream, view, turn } = running;
+  // Frames may not come (a hidden tab, a covered window), and then what waits for one would be held back until the end.
+  view.flush();
+  showFigures(turn);
+  if (performance.now() - savedAt > SAVE_MS) save();
+  stream?.check(); // last, since it may be the end
+}
+
+// ---- ending
+
+function stopAnswer(sentence = words.stopped(running.turn.tokens)) {
+  const { stream, turn } = running;
+  stream?.close();
+  if (turn.url !== "") stopStream(turn.url);
+  finish("stopped", sentence);
 }
 
 function finish(state, sentence) {
-  stream = null;
+  const { turn, view } = running;
+  running = null;
   clearInterval(ticking);
-  asked.endedAt = performance.now();
-  reasoningText.flush();
-  answerText.flush();
-  // An answer that fell short may have been the question's fault: it can be put in other words, unless the next one
-  // has been begun already.
-  if (state !== "done" && question.value === "") question.value = asked.text;
-  checkQuestion();
+  Object.assign(turn, { state, sentence, url: "", endedAt: Date.now() });
+  view.end();
+  save();
   setState(state, sentence);
-  showStats();
+  showFigures(turn);
   follower.grown();
   follower.end();
 }
 
-function tick() {
-  stream.check();
-  // Frames may not come (a covered window), and then what waits for one would be held back until the end.
-  reasoningText.flush();
-  answerText.flush();
-  showStats();
+function save() {
+  savedAt = performance.now();
+  history.save(conversation);
+}
+
+// ---- conversations
+
+function addView(turn) {
+  const view = new TurnView(turn, settings.maxMessage, {
+    grown: () => follower.grown(),
+    edited: (self, text) => begin(text, views.indexOf(self)),
+    regenerate: (self) => begin(turn.question, views.indexOf(self)),
+  });
+  view.appendTo(element("conversation"));
+  views.push(view);
+  return view;
+}
+
+// Takes away the turns from that one on.
+function cut(place) {
+  conversation.turns.length = place;
+  for (const view of views.splice(place)) view.remove();
+}
+
+// Puts another conversation on the page, and goes on with its last answer where that is still under way.
+function turnTo(other) {
+  if (running !== null) stopAnswer(words.TURNED_AWAY);
+  cut(0);
+  conversation = other;
+  history.current = other.id;
+  other.turns.forEach(addView);
+  showConversation();
+  resume();
+  follower.begin();
+  if (running === null) follower.end();
+}
+
+function resume() {
+  const turn = conversation.turns.at(-1);
+  showModel(settings.model);
+  showModel(turn?.model);
+  showFigures(turn);
+  if (turn?.state !== "running") {
+    setState(turn?.state ?? "idle", turn?.sentence ?? "Ready");
+    return;
+  }
+  watch(turn, views.at(-1));
+  if (turn.url === "") {
+    finish("error", words.NOT_BEGUN);
+  } else {
+    setState("reconnecting", words.reconnecting(navigator.onLine));
+    attach();
+  }
+}
+
+function newChat() {
+  turnTo(newConversation());
+  question.focus({ preventScroll: true });
 }
 
 // ---- showing
 
 function setState(state, sentence) {
   const focused = document.activeElement;
+  const turn = conversation.turns.at(-1);
+  const underWay = running !== null;
   page.dataset.state = state;
-  const underWay = stream !== null;
-  const ended = asked !== null && !underWay;
-  answer.setAttribute("aria-busy", String(underWay));
+  page.dataset.finish = state === "done" ? (turn?.usage.finish_reason ?? "") : "";
   ask.hidden = underWay;
   stop.hidden = !underWay;
-  retry.hidden = !ended;
-  retry.textContent = state === "error" ? "Retry" : "Ask again";
-  copy.hidden = !ended || answer.textContent === "" || navigator.clipboard === undefined; // which plain http lacks
-  copy.textContent = "Copy";
+  retry.hidden = state !== "error" && state !== "stopped";
   // The only words that a screen reader hears unasked: a state, never a token.
   status.textContent = sentence;
-  // A button that goes away must not take the keyboard's place in the page with it.
-  if (focused instanceof HTMLButtonElement && (focused.disabled || focused.getClientRects().length === 0)) {
+  // A control that goes away must not take the keyboard's place in the page with it.
+  if (focused !== document.body && (focused.disabled || focused.getClientRects().length === 0)) {
     (underWay ? stop : question).focus({ preventScroll: true });
   }
 }
 
+function showConversation() {
+  const empty = conversation.turns.length === 0;
+  element("welcome").hidden = !empty;
+  element("conversation").hidden = empty;
+}
+
 function showModel(model) {
   if (typeof model !== "string" || model === "") return;
+  if (running !== null) running.turn.model = model;
   element("model").textContent = model;
   element("model").title = model; // a long name is cut on a narrow screen
 }
 
-function showStats() {
-  const { beganAt, firstAt, endedAt, usage } = asked;
-  const now = endedAt ?? performance.now();
-  // The server's figures where it has given them, since it sits nearer to the model; until then our own.
-  const count = usage.tokens ?? asked.tokens;
-  const durationMs = usage.duration_ms ?? now - beganAt;
-  const ttftMs = usage.ttft_ms ?? (firstAt === null ? null : firstAt - beganAt);
-  element("stats").hidden = endedAt !== null && count === 0; // nothing came: there is nothing to measure
-  show("stat-tokens", count.toLocaleString("en"));
-  show("stat-time", words.seconds(durationMs));
-  show("stat-ttft", ttftMs === null ? "–" : words.latency(ttftMs));
-  show("stat-speed", ttftMs === null ? "–" : words.speed(count, ttftMs, durationMs));
-  const { prompt_tokens: prompt, completion_tokens: completion } = usage;
-  const counted = Number.isInteger(prompt) && Number.isInteger(completion);
-  element("stat-counted-row").hidden = !counted;
-  if (counted) show("stat-counted", `${prompt.toLocaleString("en")} in, ${completion.toLocaleString("en")} out`);
-}
+// ---- the controls
 
-function show(id, text) {
-  const place = element(id);
-  if (place.textContent !== text) place.textContent = text; // an unchanged text costs no layout
-}
-
-// ---- the question
-
-function checkQuestion() {
-  const length = words.countCodePoints(question.value.trim());
-  const fault = words.tooLong(length, settings.maxQuery);
-  const near = length > settings.maxQuery * 0.8;
-  element("limit").textContent = fault || (near ? `${length.toLocaleString("en")} of ${settings.maxQuery.toLocaleString("en")}` : "");
-  question.setAttribute("aria-invalid", String(fault !== ""));
-  ask.disabled = length === 0 || fault !== "";
-  return fault;
-}
-
-function submit() {
-  if (stream !== null) return; // what is typed meanwhile is kept for the next question
-  const fault = checkQuestion();
-  if (fault !== "") {
-    status.textContent = fault;
-  } else if (!ask.disabled) {
-    const text = question.value.trim();
+field.onSubmit(
+  element("composer"),
+  (text) => {
+    if (running !== null) return; // what is typed meanwhile is kept for the next question
     question.value = "";
-    checkQuestion();
+    field.check();
     begin(text);
-  }
-}
-
-question.addEventListener("input", checkQuestion);
-question.addEventListener("keydown", (event) => {
-  // Enter also confirms what an input method composes (keyCode 229 is how older Safari tells), and then asks nothing.
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
-  event.preventDefault();
-  if (!event.repeat) submit(); // a key held down asks once
-});
-element("composer").addEventListener("submit", (event) => {
-  event.preventDefault();
-  submit();
-});
-
-// ---- the other controls
-
+  },
+  (fault) => {
+    status.textContent = fault;
+  },
+);
 stop.addEventListener("click", (event) => {
   if (event.detail < 2) stopAnswer(); // Stop stands where Ask was, under the second half of a double click
 });
-addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && !event.isComposing && stream !== null) stopAnswer();
-});
 retry.addEventListener("click", () => {
-  if (question.value === asked.text) question.value = ""; // put back by finish(), not typed
-  checkQuestion();
-  begin(asked.text);
+  const place = conversation.turns.length - 1;
+  begin(conversation.turns[place].question, place);
 });
-copy.addEventListener("click", async () => {
-  try {
-    await navigator.clipboard.writeText(answer.textContent);
-    copy.textContent = "Copied";
-  } catch {
-    copy.textContent = "Could not copy";
+addEventListener("keydown", (event) => {
+  if (event.isComposing) return;
+  if (event.key === "Escape" && running !== null && !element("chats").open) {
+    stopAnswer();
+  } else if (event.code === "KeyO" && event.shiftKey && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    element("chats").close();
+    newChat();
   }
 });
+element("new-chat").addEventListener("click", newChat);
 element("follow").addEventListener("click", () => {
   follower.begin();
   stop.focus({ preventScroll: true });
 });
+new ChatList(history, {
+  chosen(id) {
+    const chosen = history.load(id);
+    if (chosen !== null && id !== conversation.id) turnTo(chosen);
+  },
+  removed(id) {
+    if (id === conversation.id) turnTo(newConversation());
+    history.remove(id);
+  },
+});
 
 // ---- coming and going
 
-// A page that is left wants no more of the answer. The browser may keep it whole and bring it back with the Back button
-// (bfcache), and then it says what happened, rather than wait for a connection that is no more.
-addEventListener("pagehide", () => {
-  if (stream !== null) stopAnswer("Stopped, because you left the page");
+// A page that is left wants no more of the answer, and says so. But a reloaded one goes on reading it, and so may one
+// that cannot tell; then the server waits for a moment, and stops the model if nobody comes.
+onLeaving({
+  left() {
+    if (running === null) return;
+    if (running.turn.url === history.own) stopAnswer(words.LEFT);
+    else pause(); // it is another tab's
+  },
+  paused: pause,
+  back() {
+    if (running !== null && running.turn.url !== "") attach();
+  },
 });
-addEventListener("pageshow", checkQuestion); // browsers put typed text back without an input event
 
-showModel(settings.model);
+function pause() {
+  if (running === null) return;
+  running.stream?.close();
+  save();
+}
+
+addEventListener("visibilitychange", () => {
+  if (document.hidden && running !== null) save();
+});
+addEventListener("pageshow", () => field.check()); // browsers put typed text back without an input event
+for (const change of ["online", "offline"]) {
+  addEventListener(change, () => {
+    if (page.dataset.state === "reconnecting") setState("reconnecting", words.reconnecting(navigator.onLine));
+  });
+}
+
+// Another tab has gone on with this conversation: so does this one, as soon as there is a stream to follow.
+history.watch(() => {
+  const stored = history.load(conversation.id);
+  const last = stored?.turns.at(-1);
+  const ready = last !== undefined && (last.state !== "running" || last.url !== "");
+  if (running === null && ready && stored.revision !== conversation.revision) turnTo(stored);
+});
+
 element("demo-note").hidden = !settings.demo;
 for (const text of settings.demo ? DEMO_EXAMPLES : EXAMPLES) {
   const item = document.createElement("li");
@@ -267,4 +379,5 @@ for (const text of settings.demo ? DEMO_EXAMPLES : EXAMPLES) {
   item.append(button);
   element("examples").append(item);
 }
-checkQuestion();
+turnTo(history.load(history.current) ?? newConversation());
+field.check();

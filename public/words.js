@@ -32,27 +32,46 @@ export function done(count, durationMs, finishReason) {
 
 export const stopped = (count) => (count === 0 ? "Stopped before the first token" : `Stopped after ${tokens(count)}`);
 
+export const LEFT = "Stopped, because you left the page";
+export const TURNED_AWAY = "Stopped, because you turned to another chat";
+export const NOT_BEGUN = "The page was reloaded before the server had begun to answer.";
+
+export const reconnecting = (online) =>
+  online ? "Reconnecting…" : "You are offline. The answer goes on when you are back.";
+
 const CAUSES = {
-  refused:
-    "The server refused or could not be reached: you may be asking too fast, or it is restarting. Wait a moment, then retry.",
-  offline: "You seem to be offline. Connect, then retry.",
-  lost: "The connection was lost.",
-  silent: "The connection went silent and was given up.",
-  unanswered: "The server did not answer in time.",
+  lost: "The connection was lost, and the server could not be reached again.",
+  gone: "The answer was interrupted: the server has it no longer.",
 };
 
 // The sentence for a failed end (stream.js says which there are); `count` tokens had come.
-export function failure({ cause, message, retryable }, count, online) {
+export function failure({ cause, message, retryable, refusal }, count, online) {
   const words = [];
   if (cause === "reported") {
-    words.push(typeof message === "string" && message !== "" ? message : "The server reported an error.");
+    words.push(said(message) || "The server reported an error.");
     if (!retryable) words.push("Asking the same again is unlikely to help.");
   } else {
-    words.push(CAUSES[cause === "refused" && !online ? "offline" : cause]);
+    words.push(cause === "refused" ? refused(refusal, online) : CAUSES[cause]);
   }
   if (count > 0) words.push("The answer is incomplete.");
   return words.join(" ");
 }
+
+// The sentence for what the server refused to begin (server.js: Refusal).
+export function refused({ status, code, message, retryAfterS }, online) {
+  if (status === 0) {
+    if (!online) return "You seem to be offline. Connect, then retry.";
+    if (code === "unanswered") return "The server did not answer in time.";
+    return "The server could not be reached. Wait a moment, then retry.";
+  }
+  // The server's own words for this one speak of a header, to those who program.
+  const why = code === "rate_limit_exceeded" ? "You are asking faster than this server allows." : said(message);
+  const words = [why || `The server refused, with the status ${status}.`];
+  if (retryAfterS !== null) words.push(`Try again in ${retryAfterS} s.`);
+  return words.join(" ");
+}
+
+const said = (message) => (typeof message === "string" ? message : "");
 
 // What is wrong with a question of that length, or "".
 export function tooLong(length, limit) {

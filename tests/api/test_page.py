@@ -16,7 +16,13 @@ from tests.sluice_process import ROOT
 
 PUBLIC = ROOT / "public"
 FILES = sorted(path.relative_to(PUBLIC).as_posix() for path in PUBLIC.rglob("*") if path.is_file())
-TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".txt": "text/plain; charset=utf-8",
+}
 
 
 async def _get(serve: Serve, connect: Connect, target: str, *headers: str, method: str = "GET") -> Response:
@@ -28,10 +34,8 @@ async def _get(serve: Serve, connect: Connect, target: str, *headers: str, metho
 async def test_each_file_is_served_with_its_type(serve: Serve, connect: Connect, name: str) -> None:
     response = await _get(serve, connect, "/" if name == "index.html" else f"/{name}")
     assert response.status == 200
-    expected = TYPES.get(Path(name).suffix)
-    assert expected is None or response.headers["Content-Type"].replace("application/java", "text/java").startswith(
-        expected
-    )
+    assert response.headers["Content-Type"] == TYPES[Path(name).suffix]
+    assert response.headers["ETag"]
     if name != "index.html":
         assert response.body == (PUBLIC / name).read_bytes()
 
@@ -46,6 +50,9 @@ async def test_each_file_has_the_guarding_headers(serve: Serve, connect: Connect
     assert policy["default-src"] in ("'none'", "'self'")
     assert policy["frame-ancestors"] == "'none'"
     assert policy["base-uri"] == "'none'"
+    assert policy["script-src"] == "'self'"
+    assert policy["require-trusted-types-for"] == "'script'"
+    assert policy["trusted-types"] == "dompurify"  # the sanitiser's own, and no other
     assert "unsafe" not in response.headers["Content-Security-Policy"]
     assert "*" not in response.headers["Content-Security-Policy"]
     assert response.headers["X-Content-Type-Options"] == "nosniff"
@@ -67,8 +74,15 @@ async def test_the_page_tells_the_settings(serve: Serve, connect: Connect) -> No
     assert "{{" not in page
     assert "<script>&" not in page
     assert "a&quot;&gt;&lt;script&gt;&amp;" in page
-    assert "2.5" in page
-    assert "77" in page
+    assert 'data-heartbeat="2.5"' in page
+    assert 'data-max-message="2464"' in page  # 32 times the bound of a question, as the API takes
+
+
+async def test_the_page_says_all_its_modules_beforehand(serve: Serve, connect: Connect) -> None:
+    """They load at once, and not one after the other as each import is met."""
+    page = (await _get(serve, connect, "/")).body.decode()
+    named = re.findall(r'<(?:link rel="modulepreload" href|script type="module" src)="/([^"]+)"', page)
+    assert sorted(named) == [name for name in FILES if name.endswith(".js")]
 
 
 async def test_a_copy_is_asked_about_and_not_sent_again(serve: Serve, connect: Connect) -> None:
