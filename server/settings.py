@@ -322,6 +322,11 @@ class Settings:
         Reader("true or false", _read_flag, toml=(bool,)), False, "put questions and answers into the log"
     )
 
+    @property
+    def max_message_chars(self) -> int:
+        """Code points of one message of a chat: it may hold an answer, and not only a question."""
+        return 32 * self.max_query_chars
+
 
 @dataclass(frozen=True, slots=True)
 class Option:

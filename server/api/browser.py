@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from aiohttp import web
@@ -22,9 +21,6 @@ from server.wire.chat import ChatRequest, decode_posted_chat
 from server.wire.events import EventEncoder, EventId, read_event_id
 
 __all__ = ["ask", "create_stream", "read_last_event_id", "read_question", "stop_stream", "view_stream"]
-
-# A chat message may be so many times as long as a question: it can hold an answer.
-_MESSAGE_PER_QUESTION: Final = 32
 
 
 async def ask(request: web.Request) -> web.StreamResponse:
@@ -43,7 +39,7 @@ async def create_stream(request: web.Request) -> web.StreamResponse:
     """``POST /api/streams``: open an answer, which runs from now on, and say where it can be viewed."""
     settings = request.app[SETTINGS]
     body = await read_json_body(request)  # 408, 413, 415
-    chat = decode_posted_chat(body, max_chars=_MESSAGE_PER_QUESTION * settings.max_query_chars)  # 400
+    chat = decode_posted_chat(body, max_chars=settings.max_message_chars)  # 400
     if chat.model not in (None, settings.llm_model):
         raise InvalidRequest("invalid_request", f"The field model names none that is offered: {settings.llm_model}.")
     messages = tuple((message.role, message.content) for message in chat.messages)

@@ -26,8 +26,6 @@ CONTENT_SECURITY_POLICY: Final = (
     "require-trusted-types-for 'script'; trusted-types dompurify"
 )
 
-_MESSAGE_PER_QUESTION: Final = 32  # a chat message's bound, as server/api/browser.py has it
-
 # By name and not by the machine's own table, which may lack one or call JavaScript otherwise.
 _TYPES: Final = {
     ".css": "text/css",
@@ -61,7 +59,7 @@ class PublicFiles:
             "model": settings.llm_model,
             "demo": "true" if demo else "false",
             "heartbeat": f"{settings.heartbeat:g}",
-            "max_message": str(_MESSAGE_PER_QUESTION * settings.max_query_chars),
+            "max_message": str(settings.max_message_chars),
         }
         self._files: dict[str, _File] = {}
         for path in sorted(root.rglob("*")):

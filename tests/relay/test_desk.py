@@ -1,19 +1,20 @@
-"""The desk: places taken and freed, the last viewer's leaving, and the drain."""
+"""The desk: places taken and freed, answers left, kept, found again and forgotten, and the drain."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from server.errors import Overloaded, ShuttingDown, TooManyStreams, UpstreamIncomplete
-from server.relay.desk import Desk
+from server.errors import Overloaded, ShuttingDown, StreamNotFound, TooManyStreams
+from server.relay import desk as desk_module
+from server.relay.admission import TokenBuckets
+from server.relay.desk import Desk, Stream
 from server.relay.life import Outcome
+from server.settings import Rate
 from server.wire.chat import ChatRequest
 from server.wire.chunks import Chunk, Delta, DeltaKind
 from tests.relay.test_viewer import FakeConnection
@@ -145,54 +146,168 @@ async def test_an_interrupted_viewer_reads_to_the_end(desk: Desk, source: Endles
     assert (source.running, desk.streams) == (0, 0)
 
 
-async def test_every_admitted_stream_ends_with_one_line_and_frees_its_place(caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever happens to it: 500 answers, each ended at random by its source, its viewer, or the server."""
-    chance = random.Random(7)
+# ---- Left, and come back to (tests/relay/test_survival.py does it ten thousand times at random)
 
-    class Fickle:
-        model = "m"
 
-        async def relay(
-            self, request: ChatRequest, sink: Callable[[list[Chunk]], None], done: Callable[[], None], /
-        ) -> None:
-            for _ in range(chance.randrange(4)):
-                await asyncio.sleep(chance.random() / 200)
-                sink([Chunk((Delta(DeltaKind.CONTENT, "a"),))])
-            match chance.randrange(4):
-                case 0:
-                    done()
-                case 1:
-                    raise UpstreamIncomplete
-                case 2:
-                    raise ZeroDivisionError
-                case 3:
-                    done()
-                    await asyncio.sleep(chance.random() / 200)
+def ended_stream(desk: Desk, client: str = "a") -> Stream:
+    """An answer that has ended and is kept."""
+    stream = desk.open(client, REQUEST)
+    stream.stop(Outcome.INTERRUPTED)
+    return stream
 
-    desk = Desk(Fickle(), Limits(max_streams=1000, max_streams_per_client=1000))
-    caplog.set_level(logging.INFO, "sluice.stream")
-    viewers = []
-    opened = 0
 
-    async def open_and_view() -> None:
-        nonlocal opened
-        opened += 1
-        await view(desk)
-
-    for _ in range(500):
-        viewer = asyncio.create_task(open_and_view())
-        viewers.append(viewer)
-        if chance.random() < 0.5:
-            asyncio.get_running_loop().call_later(chance.random() / 100, viewer.cancel)
-        if chance.random() < 0.01:
-            desk.interrupt()
-        await asyncio.sleep(chance.random() / 1000)
-    await asyncio.wait(viewers)
+async def test_a_viewer_that_may_return_leaves_it_running_for_the_grace(source: Endless) -> None:
+    desk = Desk(source, Limits(resume_grace=0.1))
+    stream = desk.open("a", REQUEST)
+    with desk.viewing(stream, FakeConnection(), may_return=True):
+        await asyncio.sleep(0.01)
+    assert (source.running, desk.streams, desk.kept) == (1, 1, 0)
+    await asyncio.wait_for(desk.empty(), 2)
+    assert (stream.life.outcome, desk.kept) == (Outcome.CLIENT_GONE, 1)
     await desk.close()
 
-    lines = [record for record in caplog.records if record.getMessage() == "stream_end"]
-    ids = {getattr(line, "sluice_fields")["id"] for line in lines}  # noqa: B009 - set by log_event, unknown to mypy
-    assert (desk.streams, desk.viewers) == (0, 0)
-    assert len(ids) == len(lines) == opened
-    outcomes = {getattr(line, "sluice_fields")["outcome"] for line in lines}  # noqa: B009
-    assert outcomes >= {"completed", "client_gone", "upstream_error", "internal_error"}
+
+async def test_a_viewer_begins_behind_the_event_that_it_has_seen(desk: Desk) -> None:
+    stream = ended_stream(desk)
+    connection = FakeConnection()
+    with desk.viewing(stream, connection, after=0) as viewer:
+        await viewer.follow()
+    assert b"".join(connection.written) == stream.log.read(stream.log.end_of(0), 1 << 20)
+    with pytest.raises(IndexError), desk.viewing(stream, FakeConnection(), after=2):
+        pass
+    assert desk.viewers == 0
+    await desk.close()
+
+
+async def test_an_answer_is_found_until_its_window_is_over(source: Endless) -> None:
+    desk = Desk(source, Limits(resume_window=0.1))
+    stream = ended_stream(desk)
+    assert desk.find(stream.id) is stream
+    await asyncio.sleep(0.2)
+    assert desk.find(stream.id) is None
+    assert desk.kept == 0
+    await desk.close()
+
+
+async def test_a_place_is_freed_once_and_none_is_taken_to_read_it_again(desk: Desk) -> None:
+    """Three viewers at its end and one later: else a client could end up with more places than it has, or fewer."""
+    stream = desk.open("a", REQUEST)
+    with desk.viewing(stream, FakeConnection()), desk.viewing(stream, FakeConnection()):
+        stream.stop(Outcome.STOPPED)
+        assert desk.streams == 1
+    assert (desk.streams, desk.kept) == (0, 1)
+    for _ in range(3):
+        with desk.viewing(stream, FakeConnection(), may_return=True):
+            assert (desk.streams, desk.viewers, desk.kept) == (0, 1, 0)
+    assert (desk.streams, desk.viewers, desk.kept) == (0, 0, 1)
+    desk.open("a", REQUEST)
+    desk.open("a", REQUEST)
+    with pytest.raises(TooManyStreams):
+        desk.admit("a")
+    await desk.close()
+
+
+async def test_whoever_reads_it_again_keeps_the_desk_from_being_empty(desk: Desk) -> None:
+    """A drain lets them finish, too."""
+    stream = ended_stream(desk)
+    await asyncio.wait_for(desk.empty(), 1)
+    with desk.viewing(stream, FakeConnection()):
+        waiting = asyncio.create_task(desk.empty())
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+    await asyncio.wait_for(waiting, 1)
+    await desk.close()
+
+
+async def test_a_stop_ends_it_for_its_owner_and_nobody_else(desk: Desk) -> None:
+    stream = desk.open("a", REQUEST)
+    for stream_id, client in ((stream.id, "b"), ("unknown", "a")):
+        with pytest.raises(StreamNotFound):
+            desk.stop(stream_id, client)
+    assert stream.life.running
+    for _ in range(2):
+        desk.stop(stream.id, "a")
+    assert stream.life.outcome is Outcome.STOPPED
+    with pytest.raises(StreamNotFound):
+        desk.stop(stream.id, "b")
+    await desk.close()
+
+
+async def test_the_reserved_tokens_are_settled_once_and_at_once(desk: Desk) -> None:
+    """Not when the upstream's connection is tidied up: the client's next request may be here before."""
+    buckets = TokenBuckets(Rate(10, 1e6))
+    stream = desk.open("a", REQUEST, buckets.reserve("a", 8))
+    await asyncio.sleep(0.01)
+    assert buckets.look("a").remaining == 2
+    desk.stop(stream.id, "a")
+    assert buckets.look("a").remaining == 9
+    await desk.close()
+    assert buckets.look("a").remaining == 9
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["in the order of their ends", "one was read again"])
+async def test_what_is_kept_is_bounded_and_the_oldest_goes_first(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """Sixty seconds of answers, at a thousand a second, would be any amount of memory."""
+    first = ended_stream(desk)
+    size = first.log.end_of(1) + desk_module._KEPT_OVERHEAD
+    monkeypatch.setattr(desk_module, "_KEPT_BYTES", 3 * size)
+    second, third = ended_stream(desk), ended_stream(desk)
+    assert desk.kept == 3
+    if again:
+        with desk.viewing(first, FakeConnection()):
+            pass
+    fourth = ended_stream(desk)
+    gone = second if again else first
+    assert {stream.id for stream in (first, second, third, fourth) if desk.find(stream.id)} == {
+        stream.id for stream in (first, second, third, fourth) if stream is not gone
+    }
+    assert (desk.kept, desk._kept_bytes) == (3, 3 * size)
+    assert gone.timer is None
+    await desk.close()
+
+
+async def test_what_is_read_counts_as_kept_only_when_its_reader_has_left(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is forgotten under its reader's eyes."""
+    monkeypatch.setattr(desk_module, "_KEPT_BYTES", 1)
+    stream = desk.open("a", REQUEST)
+    connection = FakeConnection()
+    with desk.viewing(stream, connection) as viewer:
+        stream.stop(Outcome.STOPPED)
+        assert desk.find(stream.id) is stream
+        await viewer.follow()
+    assert b"[DONE]" in b"".join(connection.written)
+    assert (desk.find(stream.id), desk.kept, desk._kept_bytes, desk.streams) == (None, 0, 0, 0)
+    await desk.close()
+
+
+async def test_a_drain_tells_each_viewer_once_when_to_come_back(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who come during the drain, too."""
+    told: list[int] = []
+    monkeypatch.setattr("server.relay.viewer.Viewer.tell_retry", lambda viewer, retry_ms: told.append(retry_ms))
+    stream = desk.open("a", REQUEST)
+    with desk.viewing(stream, FakeConnection()), desk.viewing(stream, FakeConnection()):
+        desk.drain()
+        assert len(told) == 2
+        with desk.viewing(stream, FakeConnection()):
+            assert len(told) == 3
+    assert all(1000 <= retry_ms <= 5000 for retry_ms in told)
+    await desk.close()
+
+
+async def test_a_closed_desk_leaves_no_timer_and_no_task(source: Endless) -> None:
+    desk = Desk(source, Limits(max_streams=9, max_streams_per_client=9))
+    running, left, kept = desk.open("a", REQUEST), desk.open("a", REQUEST), ended_stream(desk)
+    with desk.viewing(left, FakeConnection(), may_return=True):
+        await asyncio.sleep(0.01)
+    timers = [stream.timer for stream in (running, left, kept)]
+    assert all(timers)
+    await desk.close()
+    assert source.running == 0
+    assert (desk.streams, desk.kept) == (0, 0)
+    for stream in (running, left, kept):
+        assert stream.timer is None or stream.timer.cancelled()
+    assert all(timer is not None and timer.cancelled() for timer in timers)

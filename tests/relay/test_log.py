@@ -78,3 +78,22 @@ def test_who_has_left_is_told_nothing() -> None:
     log.unsubscribe(listener)
     log.publish()
     assert calls == []
+
+
+def test_an_ended_log_is_as_large_as_its_events_and_no_larger() -> None:
+    """Many answers are kept after their end: what was allocated ahead is given back."""
+    log = ReplayLog(max_bytes=1 << 20)
+    while log.size < 500_000:
+        log.append(b"event\n\n")
+    log.end([b"done\n\n"])
+    assert log._bytes.__alloc__() - log.size <= 64
+    assert log.end_of(log.next_number - 1) == log.size
+    assert log.read(log.end_of(log.next_number - 2), 100) == b"done\n\n"
+
+
+def test_the_end_is_said_before_it_is_told() -> None:
+    """Who is told of the last events finds the log ended, and need not be told again."""
+    log, seen = ReplayLog(max_bytes=1000), []
+    log.subscribe(lambda: seen.append((log.ended, log.next_number)))
+    log.end([b"usage\n\n", b"done\n\n"])
+    assert seen == [(True, 2)]

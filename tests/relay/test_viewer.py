@@ -8,7 +8,7 @@ import pytest
 
 from server.relay.log import ReplayLog
 from server.relay.viewer import Viewer
-from server.wire.events import PING
+from server.wire.events import PING, ping
 
 
 class FakeConnection:
@@ -177,3 +177,98 @@ async def test_a_viewer_that_is_cancelled_leaves_the_log(log: ReplayLog) -> None
     await asyncio.wait([following])
     assert following.cancelled()
     assert not log._listeners
+
+
+async def test_it_tells_when_to_come_back_once_and_in_a_ping(log: ReplayLog) -> None:
+    """A ``retry`` alone would be a block without data, which some clients take for an event they cannot read."""
+    connection = FakeConnection()
+    viewer = viewer_of(log, connection)
+    following = asyncio.create_task(viewer.follow())
+    await asyncio.sleep(0.01)
+    viewer.tell_retry(1234)
+    await asyncio.sleep(0.01)
+    publish(log, b"a\n\n")
+    await asyncio.sleep(0.01)
+    log.end([b"done\n\n"])
+    await following
+    assert connection.written == [b"start\n\n", ping(1234), b"a\n\n", b"done\n\n"]
+    assert b"retry: 1234\n" in ping(1234)
+    assert b"data: {}\n" in ping(1234)
+
+
+async def test_the_past_comes_before_the_moment_to_come_back(log: ReplayLog) -> None:
+    connection = FakeConnection()
+    viewer = viewer_of(log, connection)
+    viewer.tell_retry(1234)
+    following = asyncio.create_task(viewer.follow())
+    await asyncio.sleep(0.01)
+    assert connection.written == [b"start\n\n", ping(1234)]
+    log.end()
+    await following
+
+
+@pytest.mark.parametrize("reads", ["all the time", "only later"])
+async def test_nothing_follows_the_last_event(log: ReplayLog, reads: str) -> None:
+    """Told in the moment of the end, or while a write of it waits: who has ``[DONE]`` does not come back."""
+    connection = FakeConnection()
+    viewer = viewer_of(log, connection)
+    following = asyncio.create_task(viewer.follow())
+    await asyncio.sleep(0.01)
+    if reads == "only later":
+        connection.open.clear()
+    log.end([b"done\n\n"])
+    viewer.tell_retry(1234)
+    await asyncio.sleep(0.01)
+    connection.open.set()
+    await following
+    assert connection.written == [b"start\n\n", b"done\n\n"]
+
+
+@pytest.mark.parametrize("way", ["is cancelled", "breaks", "takes no end"])
+async def test_a_viewer_has_finished_only_when_the_response_has_its_end(log: ReplayLog, way: str) -> None:
+    """The desk keeps an answer longer for those who lack something of it."""
+    connection = FakeConnection()
+    viewer = viewer_of(log, connection)
+    following = asyncio.create_task(viewer.follow())
+    await asyncio.sleep(0.01)
+    if way == "takes no end":
+        connection.takes_end = False
+        log.end([b"done\n\n"])
+        await asyncio.sleep(0.01)
+        assert not viewer.finished
+    if way == "is cancelled":
+        following.cancel()
+    else:
+        connection.abort()
+        publish(log, b"a\n\n")
+    await asyncio.wait([following])
+    assert following.cancelled() or isinstance(following.exception(), ConnectionError)
+    assert not viewer.finished
+
+
+async def test_a_viewer_that_was_sent_all_has_finished(log: ReplayLog) -> None:
+    viewer = viewer_of(log, FakeConnection())
+    log.end([b"done\n\n"])
+    await viewer.follow()
+    assert viewer.finished
+
+
+async def test_one_that_takes_nothing_holds_nobody_else_up(log: ReplayLog) -> None:
+    """Row B24: each has its own place in the log; what one does not take waits for it there."""
+    stuck, other = FakeConnection(), FakeConnection()
+    stuck.open.clear()
+    following = [asyncio.create_task(viewer_of(log, connection).follow()) for connection in (stuck, other)]
+    await asyncio.sleep(0.01)
+    for number in range(50):
+        publish(log, b"%d\n\n" % number)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    log.end([b"done\n\n"])
+    await asyncio.sleep(0.01)
+    assert other.finished
+    assert len(other.written) == 52
+    assert stuck.written == [b"start\n\n"]
+    stuck.open.set()
+    await asyncio.gather(*following)
+    assert b"".join(stuck.written) == b"".join(other.written)
+    assert len(stuck.written) == 2
