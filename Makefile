@@ -14,7 +14,7 @@ run: $(VENV)/runtime
 	@exec $(PY) run.py
 
 test: $(VENV)/dev
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/dev
 	$(PY) -m ruff check .

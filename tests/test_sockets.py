@@ -17,6 +17,7 @@ from server.sockets import CannotListen, bind_admin, public_listener, url_of
 from tests.sluice_process import free_port
 
 PID: Final = str(os.getpid())
+PASSED: Final = 200  # a descriptor that nothing else of the tests comes near
 
 
 def settings(**environment: str) -> Settings:
@@ -29,26 +30,19 @@ def path(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def descriptor_3() -> Iterator[None]:
-    """Number 3 is the test's to give away, and whatever had it comes back."""
-    try:
-        kept = os.dup(3)
-    except OSError:
-        kept = None
+def passed_descriptor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A number that is the test's to give away; 3 itself may be the test runner's (tests/test_process.py passes it)."""
+    monkeypatch.setattr("server.sockets._FIRST_PASSED_DESCRIPTOR", PASSED)
     with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 3)  # taken, so that no socket of the test gets it by chance
+        os.dup2(nothing.fileno(), PASSED)  # taken, so that no socket of the test gets it by chance
     yield
-    if kept is not None:
-        os.dup2(kept, 3)
-        os.close(kept)
-    else:
-        with contextlib.suppress(OSError):
-            os.close(3)
+    with contextlib.suppress(OSError):
+        os.close(PASSED)
 
 
 def pass_socket(sock: socket.socket) -> dict[str, str]:
     """Hand ``sock`` over as systemd does, and return what it puts into the environment (sd_listen_fds(3))."""
-    os.dup2(sock.fileno(), 3)
+    os.dup2(sock.fileno(), PASSED)
     return {"LISTEN_PID": PID, "LISTEN_FDS": "1"}
 
 
@@ -240,7 +234,7 @@ def test_an_owner_may_be_given_to_the_socket_while_it_serves(path: str) -> None:
 # ---- What systemd passes
 
 
-@pytest.mark.usefixtures("descriptor_3")
+@pytest.mark.usefixtures("passed_descriptor")
 def test_a_passed_socket_wins_over_socket_host_and_port(path: str) -> None:
     """Section 2: LISTEN_FDS wins over both."""
     with socket.create_server(("127.0.0.1", 0)) as passed:
@@ -253,7 +247,7 @@ def test_a_passed_socket_wins_over_socket_host_and_port(path: str) -> None:
         assert can_connect(passed)  # systemd's own copy goes on: a restart refuses no connection
 
 
-@pytest.mark.usefixtures("descriptor_3")
+@pytest.mark.usefixtures("passed_descriptor")
 def test_a_passed_unix_socket_keeps_its_name(path: str) -> None:
     """It is systemd's: it passes it again to the next process."""
     with socket.socket(socket.AF_UNIX) as passed:
@@ -265,7 +259,7 @@ def test_a_passed_unix_socket_keeps_its_name(path: str) -> None:
         assert can_connect(passed)
 
 
-@pytest.mark.usefixtures("descriptor_3")
+@pytest.mark.usefixtures("passed_descriptor")
 @pytest.mark.parametrize(
     "environment",
     [
@@ -278,7 +272,7 @@ def test_a_passed_unix_socket_keeps_its_name(path: str) -> None:
         {"LISTEN_PID": PID, "LISTEN_FDS": "-1"},
         {"LISTEN_PID": PID, "LISTEN_FDS": "\u0661"},
     ],
-    ids=str,
+    ids=lambda environment: str(environment).replace(PID, "ours"),  # a test's name is the same in each process
 )
 def test_what_is_not_passed_to_us_is_not_taken(environment: dict[str, str]) -> None:
     """sd_listen_fds(3)."""
@@ -288,18 +282,18 @@ def test_what_is_not_passed_to_us_is_not_taken(environment: dict[str, str]) -> N
             assert listener.getsockname() != passed.getsockname()
 
 
-@pytest.mark.usefixtures("descriptor_3")
+@pytest.mark.usefixtures("passed_descriptor")
 @pytest.mark.parametrize("passed", ["nothing", "a file", "a connection"])
 def test_a_passed_descriptor_that_is_no_listener_is_one_line(passed: str, tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         if passed == "nothing":
-            os.close(3)
+            os.close(PASSED)
         elif passed == "a file":
-            os.dup2(stack.enter_context((tmp_path / "file").open("w")).fileno(), 3)
+            os.dup2(stack.enter_context((tmp_path / "file").open("w")).fileno(), PASSED)
         elif passed == "a connection":  # Accept=yes in the .socket unit
             one, other = socket.socketpair()
             stack.enter_context(other)
-            os.dup2(stack.enter_context(one).fileno(), 3)
+            os.dup2(stack.enter_context(one).fileno(), PASSED)
         with pytest.raises(CannotListen) as caught, public_listener(settings(), {"LISTEN_PID": PID, "LISTEN_FDS": "1"}):
             pass
     assert str(caught.value).startswith("cannot listen on the passed descriptor 3: ")

@@ -10,7 +10,7 @@ from playwright.async_api import Page
 
 from tests.conftest import Launch
 from tests.public.conftest import VisitPage, Wire
-from tests.sluice_process import ROOT
+from tests.sluice_process import ROOT, free_port
 from tests.upstream_sim import Call, ScriptedUpstream, chunk
 
 # The snippet of the README, word for word, and what it is used on.
@@ -103,14 +103,14 @@ async def test_a_server_that_was_killed_has_not_forgotten_in_silence(
         await call.gone()
 
     upstream.script = half
-    server = await launch(LLM_BASE_URL=upstream.base_url)
+    port = str(free_port())
+    server = await launch(LLM_BASE_URL=upstream.base_url, SLUICE_PORT=port)
     page = (await visit(server.url)).page
     await ask_natively(page)
     await becomes(page, "text", "Half")
-    port = server.url.rpartition(":")[2]
     server.signal(signal.SIGKILL)
     await server.exited()
-    await launch("--port", port, LLM_BASE_URL=upstream.base_url)
+    await launch(LLM_BASE_URL=upstream.base_url, SLUICE_PORT=port)
     await becomes(page, "failures", ["The answer was interrupted before its end."])
     assert await page.evaluate("stream.readyState") == CLOSED
     assert len(upstream.calls) == 1

@@ -361,7 +361,7 @@ async def test_retry_after_may_be_a_date(relay: Relay) -> None:
     assert result.text == "Hello"
 
 
-@pytest.mark.parametrize("value", ["120", formatdate(time.time() + 3600, usegmt=True), "99999999999999999999"])
+@pytest.mark.parametrize("value", ["120", "Fri, 31 Dec 2999 23:59:59 GMT", "99999999999999999999"])
 async def test_a_retry_after_beyond_the_first_token_time_ends_the_answer_at_once(relay: Relay, value: str) -> None:
     """U9."""
     with took(at_most=2):
