@@ -80,6 +80,7 @@ class Answer:
         self.id = stream_id
         self.request = request
         self.log = ReplayLog(max_bytes=limits.max_answer_bytes)
+        self.life = life
         self.error: RelayError | None = None
         self.tokens = 0  # token events
         self.model = source.model
@@ -88,7 +89,6 @@ class Answer:
         self.said: list[str] | None = [] if limits.log_prompts else None  # kept only for the log
         self._source = source
         self._limits = limits
-        self.life = life
         self._reservation = reservation
         self._budget = math.inf if reservation is None else reservation.amount  # deltas
         self._on_end = on_end
