@@ -1,8 +1,9 @@
 """An answer's life: its states, the moves between them, and when the next one is due. No I/O and no timer.
 
-     somebody comes              it ends                 the last one leaves          its window is over
-AWAITED ⇄ VIEWED ──────────────────▶ REPLAYED ⇄ KEPT ───────────────────────▶ FORGOTTEN
-   └─────────────── it ends, or nobody came in time ─────▲
+ AWAITED ⇄ VIEWED ──ends──▶ REPLAYED ⇄ KEPT ──window over──▶ FORGOTTEN
+    └──── ends, or nobody came in time ─▲
+
+The first two change places as viewers come and go, and so do the next two.
 """
 
 from __future__ import annotations
