@@ -19,6 +19,7 @@ import { TurnView } from "/turn.js";
 import * as words from "/words.js";
 
 const TICK_MS = 250; // one coarse timer for all that depends on time, and only while an answer is under way
+const DOUBLE_CLICK_MS = 400;
 const SAVE_MS = 1000; // of an answer under way, no more than that is lost with the browser
 
 const EXAMPLES = ["Explain server-sent events in three sentences.", "Write a haiku about flowing water.", "Why is the sky blue?"];
@@ -50,6 +51,8 @@ let views = []; // of its turns, in the same order
 let running = null; // the answer under way: its turn and view, and its stream once there is one
 let ticking = 0;
 let savedAt = 0;
+let own = history.takeOwn(); // the URL of the stream that this tab has begun: only who began an answer ends it by leaving
+let fault = ""; // what is wrong with a question that was not sent
 
 // ---- asking
 
@@ -82,7 +85,7 @@ async function post(answer) {
     return;
   }
   answer.turn.url = url;
-  history.own = url;
+  own = url;
   save();
   attach();
 }
@@ -121,6 +124,7 @@ const LISTENER = {
     const { turn, view } = running;
     turn.tokens += 1;
     turn.answer += text;
+    turn.left = false; // it was not stopped, after all
     view.addToken(text);
     began();
   },
@@ -135,8 +139,10 @@ const LISTENER = {
     showModel(usage.model);
   },
   ended(end) {
-    const { tokens, usage, beganAt } = running.turn;
-    if (end.kind === "failed") {
+    const { tokens, usage, beganAt, left } = running.turn;
+    if (left && (end.kind === "failed" || usage.finish_reason === "cancelled")) {
+      finish("stopped", words.LEFT);
+    } else if (end.kind === "failed") {
       finish("error", words.failure(end, tokens, navigator.onLine));
     } else if (usage.finish_reason === "cancelled") {
       finish("stopped", words.stopped(tokens)); // stopped, but not by this page
@@ -292,12 +298,19 @@ field.onSubmit(
     field.check();
     begin(text);
   },
-  (fault) => {
-    status.textContent = fault;
+  (found) => {
+    fault = found;
+    status.textContent = found;
   },
 );
-stop.addEventListener("click", (event) => {
-  if (event.detail < 2) stopAnswer(); // Stop stands where Ask was, under the second half of a double click
+question.addEventListener("input", () => {
+  if (fault === "" || status.textContent !== fault) return;
+  if (running !== null) setState(...progress(running.turn));
+  else setState(page.dataset.state, conversation.turns.at(-1)?.sentence ?? "Ready");
+});
+stop.addEventListener("click", ({ detail }) => {
+  // Stop stands where Ask was, under the second half of a double click.
+  if (detail < 2 || Date.now() - running.turn.beganAt > DOUBLE_CLICK_MS) stopAnswer();
 });
 retry.addEventListener("click", () => {
   const place = conversation.turns.length - 1;
@@ -335,12 +348,17 @@ new ChatList(history, {
 // that cannot tell; then the server waits for a moment, and stops the model if nobody comes.
 onLeaving({
   left() {
-    if (running === null) return;
-    if (running.turn.url === history.own) stopAnswer(words.LEFT);
-    else pause(); // it is another tab's
+    if (running !== null && running.turn.url !== "" && running.turn.url === own) {
+      // Whether this arrives nobody can know: what took this page's place may be the browser's own "no connection".
+      // So the answer is not called stopped here. Whoever comes back asks the server what became of it.
+      stopStream(own);
+      running.turn.left = true;
+    }
+    pause();
   },
   paused: pause,
   back() {
+    own = history.takeOwn();
     if (running !== null && running.turn.url !== "") attach();
   },
 });
@@ -348,6 +366,7 @@ onLeaving({
 function pause() {
   if (running === null) return;
   running.stream?.close();
+  history.leaveOwn(own);
   save();
 }
 
@@ -364,6 +383,10 @@ for (const change of ["online", "offline"]) {
 // Another tab has gone on with this conversation: so does this one, as soon as there is a stream to follow.
 history.watch(() => {
   const stored = history.load(conversation.id);
+  if (stored === null && running !== null && running.turn.url === own) {
+    stopAnswer(words.REMOVED); // who takes a chat away wants no more of it
+    return;
+  }
   const last = stored?.turns.at(-1);
   const ready = last !== undefined && (last.state !== "running" || last.url !== "");
   if (running === null && ready && stored.revision !== conversation.revision) turnTo(stored);

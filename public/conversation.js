@@ -11,7 +11,8 @@ export const newId = () =>
 export const newConversation = () => ({ id: newId(), revision: "", at: Date.now(), turns: [] });
 
 // One question and its answer. `state` is "running", "done", "stopped" or "error", and `sentence` says more;
-// `url` and `lastId` are the stream's, while it runs. Times are in ms since 1970: they outlive a reload.
+// `url` and `lastId` are the stream's, while it runs; `left` says that the server was asked to stop it as the page was
+// left. Times are in ms since 1970: they outlive a reload.
 export const newTurn = (question) => ({
   question,
   answer: "",
@@ -23,10 +24,20 @@ export const newTurn = (question) => ({
   sentence: "",
   url: "",
   lastId: "",
+  left: false,
   beganAt: Date.now(),
   firstAt: null,
   endedAt: null,
 });
+
+// A conversation as it was stored: by this page, by an older version of it, or by who knows what else lives at this
+// address. null where it is none.
+export function readConversation(value) {
+  const texts = (turn) => ["question", "answer", "reasoning"].every((name) => typeof turn[name] === "string");
+  if (typeof value?.id !== "string" || !Array.isArray(value.turns)) return null;
+  const turns = value.turns.map((turn) => ({ ...newTurn(""), state: "error", ...turn }));
+  return turns.every(texts) ? { ...newConversation(), ...value, turns } : null;
+}
 
 export function titleOf({ turns }) {
   const [line] = (turns[0]?.question ?? "").split("\n");

@@ -22,6 +22,17 @@ export class EndFollower {
       },
       { passive: true },
     );
+    // A finger that moves slowly scrolls by less at a time than counts as a scroll: it is heard itself.
+    let touchedAt = 0;
+    addEventListener("touchstart", ({ touches }) => (touchedAt = touches[0].clientY), { passive: true });
+    addEventListener(
+      "touchmove",
+      ({ touches }) => {
+        const down = touches[0].clientY - touchedAt;
+        if (touches.length === 1 && down > NOISE_PX && this.#page.scrollTop > 0) this.#set(false);
+      },
+      { passive: true },
+    );
   }
 
   begin() {

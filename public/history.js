@@ -3,7 +3,7 @@
 // Several tabs share it. Each change of a conversation's turns gives it a new revision, so that a tab that has been
 // overtaken by another one notices: it then keeps its own turns as a conversation of their own, and overwrites nothing.
 
-import { newId, titleOf } from "/conversation.js";
+import { newId, readConversation, titleOf } from "/conversation.js";
 
 const INDEX = "sluice.chats";
 const CURRENT = "sluice.chat";
@@ -53,13 +53,14 @@ export class History {
 
   // What there is, the newest first: {id, title, at}.
   list() {
-    return readJson(this.#local.get(INDEX), []).filter(({ id }) => this.#local.get(keyOf(id)) !== null);
+    const kept = readJson(this.#local.get(INDEX));
+    const sound = (entry) => typeof entry?.title === "string" && Number.isFinite(entry.at);
+    return Array.isArray(kept) ? kept.filter((entry) => sound(entry) && this.#local.get(keyOf(entry.id)) !== null) : [];
   }
 
   // The conversation, or null where there is none of that id.
   load(id) {
-    const conversation = readJson(this.#local.get(keyOf(id)), null);
-    return Array.isArray(conversation?.turns) ? conversation : null;
+    return readConversation(readJson(this.#local.get(keyOf(id))));
   }
 
   // Its turns have changed: one was added, or some were cut off.
@@ -73,11 +74,9 @@ export class History {
     this.#write(conversation);
   }
 
-  // Its last answer has grown or ended. Returns whether this tab is still up to date; if not, nothing is written.
+  // Its last answer has grown or ended. Where this tab is no longer up to date nothing is written.
   save(conversation) {
-    if (this.load(conversation.id)?.revision !== conversation.revision) return false;
-    this.#write(conversation);
-    return true;
+    if (this.load(conversation.id)?.revision === conversation.revision) this.#write(conversation);
   }
 
   remove(id) {
@@ -94,13 +93,15 @@ export class History {
     this.#tab.set(CURRENT, id);
   }
 
-  // The URL of the stream that this tab has begun: only who began an answer ends it by leaving.
-  get own() {
-    return this.#tab.get(OWN);
+  // What a page hands on to the one that it is reloaded as, which takes it: a tab that is duplicated meanwhile has none.
+  leaveOwn(url) {
+    if (url !== null) this.#tab.set(OWN, url);
   }
 
-  set own(url) {
-    this.#tab.set(OWN, url);
+  takeOwn() {
+    const url = this.#tab.get(OWN);
+    this.#tab.remove(OWN);
+    return url;
   }
 
   // Calls back when another tab has written or removed that conversation.
@@ -122,10 +123,10 @@ export class History {
   }
 }
 
-function readJson(text, otherwise) {
+function readJson(text) {
   try {
-    return JSON.parse(text) ?? otherwise;
+    return JSON.parse(text);
   } catch {
-    return otherwise;
+    return null;
   }
 }

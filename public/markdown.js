@@ -73,8 +73,7 @@ export class MarkdownText {
   end() {
     cancelAnimationFrame(this.#frame);
     this.#frame = 0;
-    const named = Object.keys(this.#links).length > 0 || this.#lex(this.#open).some(isDefinition);
-    if (named) {
+    if (Object.keys(this.#links).length > 0 || /^ {0,3}\[[^\]\n]+\]:/m.test(this.#open)) {
       // What was kept may have used a name before its address came.
       this.#open = this.#source;
       this.#lastKept = null;
@@ -98,9 +97,16 @@ export class MarkdownText {
     // A lone CR at the end may be the first half of a CRLF.
     this.#open = this.#open.replace(/\r\n|\r(?!$)/g, "\n");
     const wanted = document.createDocumentFragment();
-    this.#keep(wanted);
-    const kept = wanted.childNodes.length;
-    wanted.append(...this.#lex(view(this.#open)).map(render));
+    let kept = 0;
+    try {
+      this.#keep(wanted);
+      kept = wanted.childNodes.length;
+      wanted.append(...this.#lex(view(this.#open)).map(render));
+    } catch {
+      // Nested a thousand deep it is more than the parser's stack holds: then the text is shown as it was written.
+      while (wanted.childNodes.length > kept) wanted.lastChild.remove();
+      wanted.append(plain(this.#open));
+    }
     morph(this.#element, this.#lastKept === null ? this.#element.firstChild : this.#lastKept.nextSibling, wanted);
     for (let count = 0; count < kept; count += 1) {
       this.#lastKept = this.#lastKept === null ? this.#element.firstChild : this.#lastKept.nextSibling;
@@ -134,6 +140,13 @@ export class MarkdownText {
 }
 
 const isDefinition = ({ type }) => type === "def";
+
+function plain(text) {
+  const paragraph = document.createElement("p");
+  paragraph.className = "plain";
+  paragraph.textContent = text;
+  return paragraph;
+}
 
 function render(token) {
   const fragment = sanitise(marked.parser([token]));

@@ -13,7 +13,7 @@ export function morph(parent, first, wanted) {
       have = next;
     } else {
       if (have instanceof Text) rewrite(have, want.data);
-      else renew(have, want);
+      else if (have.nodeName !== "BUTTON") renew(have, want); // "Copied" is not to be unsaid by the next token
       have = have.nextSibling;
     }
   }

@@ -23,14 +23,18 @@ export async function beginStream(messages) {
     signal: AbortSignal.timeout(PATIENCE_MS),
   });
   if (response.status !== 201) throw await readRefusal(response);
-  const { url } = await response.json();
+  const url = response.headers.get("Location"); // and not from the body, which a cut connection may still withhold
+  if (url === null) throw new Refusal(0, "unreachable", "", null);
   return url;
 }
 
 // Ends an answer at its source. `keepalive`: the browser sends it even though the page goes away at once. Should it
-// not arrive, the server ends the answer by itself a moment after its last viewer has left.
+// not arrive, the server ends the answer by itself a moment after its last viewer has left; it is told all the same as
+// soon as there is a network again.
 export function stopStream(url) {
-  fetch(url, { method: "DELETE", keepalive: true }).catch(() => {});
+  fetch(url, { method: "DELETE", keepalive: true }).catch(() => {
+    addEventListener("online", () => stopStream(url), { once: true });
+  });
 }
 
 // Why an EventSource was refused, which it does not tell itself: null where a new one would be let in, else the Refusal.

@@ -33,14 +33,6 @@ export class GrowingText {
     this.#onGrown();
   }
 
-  clear() {
-    cancelAnimationFrame(this.#frame);
-    this.#frame = 0;
-    this.#waiting = "";
-    this.#tail = null;
-    this.#element.replaceChildren();
-  }
-
   // Under `white-space: pre-wrap` a newline that ends a block shows no line of its own: blocks look as one text does.
   #write(text) {
     while (text !== "") {

@@ -34,6 +34,7 @@ export const stopped = (count) => (count === 0 ? "Stopped before the first token
 
 export const LEFT = "Stopped, because you left the page";
 export const TURNED_AWAY = "Stopped, because you turned to another chat";
+export const REMOVED = "Stopped, because this chat was deleted in another tab";
 export const NOT_BEGUN = "The page was reloaded before the server had begun to answer.";
 
 export const reconnecting = (online) =>

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Final
 
@@ -30,6 +31,9 @@ class Connections:
         self._silent: dict[web.RequestHandler, float] = {}  # those that have not spoken yet, with their deadline
         self._open = 0  # at most so many: those that have left are noticed when it matters
         self._arriving = 0  # of them, made but not among the server's connections yet
+        self._requests = 0  # whose head has come, and whose answer is not out
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     async def __aenter__(self) -> Connections:
         self._loop = asyncio.get_running_loop()
@@ -59,9 +63,23 @@ class Connections:
 
         return make
 
-    def spoke(self, handler: web.RequestHandler) -> None:
-        """A whole request head has come: aiohttp's keep-alive timeout takes over."""
+    @contextmanager
+    def answering(self, handler: web.RequestHandler) -> Iterator[None]:
+        """A whole request head has come, and is being answered while the context lasts. aiohttp's keep-alive timeout
+        takes over from our own."""
         self._silent.pop(handler, None)
+        self._requests += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._requests -= 1
+            if not self._requests:
+                self._idle.set()
+
+    async def idle(self) -> None:
+        """Wait until every request that has begun is answered."""
+        await self._idle.wait()
 
     def _arrived(self) -> None:
         self._arriving -= 1

@@ -113,15 +113,16 @@ async def open_server(
             connections.factory(_server_of(public)), sock=listener, backlog=_ACCEPTED_AT_ONCE
         )
         stack.callback(server.close)
-        yield Serving(desk, server)
+        yield Serving(desk, server, connections)
 
 
 class Serving:
     """A server that is open."""
 
-    def __init__(self, desk: Desk, server: asyncio.Server) -> None:
+    def __init__(self, desk: Desk, server: asyncio.Server, connections: Connections) -> None:
         self.desk = desk
         self._server = server
+        self._connections = connections
 
     async def drain(self, timeout: float, *, cut_short: asyncio.Event) -> None:
         """Accept no more and let open streams finish; interrupt those that do not within ``timeout`` (s), or as soon
@@ -132,12 +133,18 @@ class Serving:
         log_event(_log, logging.INFO, "draining", streams=desk.streams, timeout_s=timeout)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                await _first_of(desk.empty(), cut_short.wait())
+                await _first_of(self._finished(), cut_short.wait())
         desk.interrupt()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FAREWELL):
                 await desk.empty()
         desk.abort_viewers()
+
+    async def _finished(self) -> None:
+        """Wait until nobody is owed anything: no stream runs, and each request has its answer. (One whose body is still
+        on its way is refused when that has come, with a 503 that says why.)"""
+        await self.desk.empty()
+        await self._connections.idle()
 
 
 async def _first_of(*waits: Coroutine[Any, Any, object]) -> None:

@@ -32,8 +32,8 @@ async def listen() -> AsyncIterator[Listen]:
             connections = await stack.enter_async_context(Connections(most=most, head_timeout=head_timeout))
 
             async def answer(request: web.BaseRequest) -> web.Response:
-                connections.spoke(request.protocol)
-                return web.Response(text=str(len(server.connections)))
+                with connections.answering(request.protocol):
+                    return web.Response(text=str(len(server.connections)))
 
             server = web.Server(answer, keepalive_timeout=60)
             stack.push_async_callback(server.shutdown, 1.0)

@@ -19,6 +19,7 @@ import aiohttp
 import pytest
 
 from server.systemd import Notifier
+from tests.api.raw_client import RawClient, request
 from tests.conftest import Launch
 from tests.sluice_process import ROOT, SluiceProcess, free_port
 from tests.sse_client import Answer, ask, open_stream
@@ -390,6 +391,24 @@ async def test_a_drain_of_0_interrupts_at_once(launch: Launch, upstream: Scripte
     process.signal(signal.SIGTERM)
     assert_interrupted(await answer)
     assert await exited(process, within=SOON) == 0
+
+
+async def test_a_request_whose_body_is_still_coming_is_answered(launch: Launch, upstream: ScriptedUpstream) -> None:
+    """Contract, section 3: 503 ``shutting_down``, and not a connection that closes without a word."""
+    process = await launch(LLM_BASE_URL=upstream.base_url)
+    body = b'{"messages":[{"role":"user","content":"hi"}]}'
+    async with await RawClient.connect(int(process.url.rpartition(":")[2])) as client:
+        head = ("Content-Type: application/json", f"Content-Length: {len(body)}")
+        await client.send(request("/api/streams", *head, method="POST", body=body[:5]))
+        await asyncio.sleep(0.2)
+        process.signal(signal.SIGTERM)
+        await until(lambda: bool(process.events("draining")), within=SOON)
+        await asyncio.sleep(1.5)  # longer than aiohttp's own patience with what is under way
+        await client.send(body[5:])
+        response = await client.read_response()
+    assert (response.status, response.error) == (503, "shutting_down")
+    assert await exited(process, within=SOON) == 0
+    assert upstream.calls == []
 
 
 @pytest.mark.parametrize(

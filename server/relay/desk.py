@@ -28,8 +28,8 @@ _ID_BYTES: Final = 16  # 128 random bits: nobody guesses a stream; every event c
 _RETRY_SOON: Final = 5  # s, told to those refused for want of a place; when one gets free nobody knows
 _RETRY_SPREAD_MS: Final = (1000, 5000)  # over which viewers come back to a server that was restarted
 
-# Of answers that have ended and wait for somebody to come back, all together; beyond it those that ended first are
-# forgotten before their window is over. It is an eighth of what the shipped unit allows the process.
+# Of answers that have ended and can still be read, all together; beyond it those that ended first are forgotten before
+# their window is over, and who reads them is dropped. It is an eighth of what the shipped unit allows the process.
 _KEPT_BYTES: Final = 256 << 20
 _KEPT_OVERHEAD: Final = 2048  # bytes that a kept answer takes beside its events
 
@@ -84,9 +84,9 @@ class Desk:
         self._limits = limits
         self._clock = clock
         self._streams: dict[str, Stream] = {}  # all that can be found, by id
-        self._kept: dict[str, int] = {}  # the bytes of those that nobody reads, the first to end first
+        self._kept: dict[str, int] = {}  # the bytes of those that have ended, the first to end first
         self._kept_bytes = 0
-        self._viewers: dict[Viewer, Connection] = {}
+        self._viewers: dict[Viewer, tuple[Stream, Connection]] = {}
         self._places: Counter[str] = Counter()  # taken, by client
         self._tasks: set[asyncio.Task[None]] = set()
         self._empty = asyncio.Event()
@@ -101,7 +101,7 @@ class Desk:
 
     @property
     def kept(self) -> int:
-        """How many answers have ended and wait for somebody to come back to them."""
+        """How many answers have ended and can still be read."""
         return len(self._kept)
 
     # ---- Opening
@@ -116,7 +116,7 @@ class Desk:
             raise Overloaded(retry_after=_RETRY_SOON)
 
     def open(self, client: str, request: ChatRequest, reservation: Reservation | None = None) -> Stream:
-        """Start an answer for ``client``, who was admitted. Nobody who comes to view it within the grace stops it.
+        """Start an answer for ``client``, who was admitted. It stops if nobody comes to view it within the grace.
 
         ``reservation`` is what it may spend of the client's LLM tokens.
         """
@@ -165,7 +165,7 @@ class Desk:
             offset=0 if after is None else stream.log.end_of(after),
         )
         stream.life.join()
-        self._viewers[viewer] = connection
+        self._viewers[viewer] = (stream, connection)
         self._empty.clear()
         if self.draining:
             _spread_return(viewer)
@@ -210,7 +210,7 @@ class Desk:
 
     def abort_viewers(self) -> None:
         """Drop the connections of those who have not taken the end of their answer."""
-        for connection in list(self._viewers.values()):
+        for _, connection in list(self._viewers.values()):
             connection.abort()
 
     async def close(self) -> None:
@@ -223,6 +223,7 @@ class Desk:
                 stream.timer.cancel()
         self._streams.clear()
         self._kept.clear()
+        self._kept_bytes = 0
 
     # ---- Bookkeeping
 
@@ -242,11 +243,13 @@ class Desk:
             life.forget()
         if stream.holds_place and life.state in (State.KEPT, State.FORGOTTEN):
             self._free_place(stream)
-        self._kept_bytes -= self._kept.pop(stream.id, 0)
-        if life.state is State.KEPT:
-            self._keep(stream)
-        elif life.state is State.FORGOTTEN:
+        if life.state is State.FORGOTTEN:
             self._streams.pop(stream.id, None)
+            self._kept_bytes -= self._kept.pop(stream.id, 0)
+        elif not life.running and stream.id not in self._kept:
+            self._kept[stream.id] = stream.log.size + _KEPT_OVERHEAD
+            self._kept_bytes += self._kept[stream.id]
+            self._make_room()
         self._set_timer(stream)
 
     def _free_place(self, stream: Stream) -> None:
@@ -261,14 +264,20 @@ class Desk:
         if not (self.streams or self._viewers):
             self._empty.set()
 
-    def _keep(self, stream: Stream) -> None:
-        size = stream.log.end_of(stream.log.next_number - 1) + _KEPT_OVERHEAD
-        self._kept[stream.id] = size
-        self._kept_bytes += size
-        while self._kept_bytes > _KEPT_BYTES:
-            oldest = self._streams[next(iter(self._kept))]
-            oldest.life.forget()
-            self._attend(oldest)
+    def _make_room(self) -> None:
+        """Forget those that ended first, as long as all together are over the bound. One that is read is forgotten as
+        soon as its readers have been dropped: each of them can hold the whole of it for as long as it likes."""
+        over = self._kept_bytes - _KEPT_BYTES
+        for stream_id in list(self._kept) if over > 0 else ():
+            stream = self._streams[stream_id]
+            over -= self._kept[stream_id]
+            stream.life.give_up()
+            for read, connection in list(self._viewers.values()):
+                if read is stream:
+                    connection.abort()
+            self._attend(stream)
+            if over <= 0:
+                break
 
     def _set_timer(self, stream: Stream) -> None:
         if stream.timer is not None:

@@ -92,13 +92,12 @@ class Life:
             self.due_at = None
 
     def leave(self, *, may_return: bool) -> None:
-        """A viewer leaves; ``may_return``: it has not read all, and its client knows how to go on."""
+        """A viewer leaves; ``may_return``: it has not read all, and its client knows how to go on. An answer that has
+        ended is kept no longer for it: whoever came and went could keep it for ever."""
         now = self._clock()
         self.viewers -= 1
         if may_return:
             self._return_until = max(self._return_until, now + self._grace)
-            if not self.running:
-                self._kept_until = max(self._kept_until, now + self._window)
         if self.viewers:
             return
         if self.running:
@@ -114,6 +113,12 @@ class Life:
         self.outcome = outcome
         self._kept_until = self._clock() + self._window
         self.due_at = None if self.viewers else self._kept_until
+
+    def give_up(self) -> None:
+        """Cut its window short: it is to be forgotten as soon as nobody reads it."""
+        self._kept_until = -math.inf
+        if self.state is State.KEPT:
+            self.due_at = self._kept_until
 
     def forget(self) -> None:
         self._move(State.FORGOTTEN)

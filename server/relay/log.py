@@ -20,6 +20,10 @@ class EventLog(Protocol):
     def next_number(self) -> int:
         """The number that the next event gets."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of all events so far."""
+
     def end_of(self, number: int) -> int:
         """The offset behind event ``number``. Raises IndexError if there is none yet."""
 
@@ -58,7 +62,6 @@ class ReplayLog:
 
     @property
     def size(self) -> int:
-        """Bytes appended so far."""
         return len(self._bytes)
 
     def end_of(self, number: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
@@ -49,7 +50,7 @@ def decode_posted_chat(body: bytes, *, max_chars: int) -> PostedChat:
         # What has passed is at most three levels deep, so this cannot exhaust the stack.
         json.loads(body, object_pairs_hook=_refuse_twice)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise _invalid(_in_our_words(exc)) from None
+        raise _invalid(_in_our_words(exc, body)) from None
     for place, message in enumerate(chat.messages):
         where = f"messages[{place}].content"
         if len(message.content) > max_chars:
@@ -69,9 +70,17 @@ def _refuse_twice(pairs: list[tuple[str, Any]]) -> None:
             raise _invalid(f"the field {name} is given more than once")
 
 
-def _in_our_words(exc: Exception) -> str:
+def _in_our_words(exc: Exception, body: bytes) -> str:
     if isinstance(exc, msgspec.ValidationError):
         return str(exc).replace("`$.", "`").replace("`", "")
+    # Python writes NaN and Infinity where JSON has no word for them; who sent one is helped by its name.
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        value = None
+    for name, number in value.items() if isinstance(value, dict) else ():
+        if isinstance(number, float) and not math.isfinite(number):
+            return f"the field {name} is not a number"
     return "it is not JSON in UTF-8"
 
 

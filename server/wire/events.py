@@ -16,8 +16,8 @@ __all__ = ["PING", "EventEncoder", "EventId", "ping", "read_event_id"]
 
 _RETRY_MS: Final = 1000  # how long an EventSource waits before it comes back
 
-# 64 characters and 20 digits are more than any id of ours has; a bound, for the rest is echoed and looked up.
-_EVENT_ID: Final = re.compile(r"([A-Za-z0-9_-]{22,64})\.(0|[1-9][0-9]{0,19})", re.ASCII)
+# 64 characters and 100 digits are more than any id of ours has; a bound, for the rest is reckoned with and echoed.
+_EVENT_ID: Final = re.compile(r"([A-Za-z0-9_-]{22,64})\.([0-9]{1,100})", re.ASCII)
 
 _encoder = msgspec.json.Encoder()
 

@@ -580,7 +580,6 @@ async def test_a_bogus_id_is_no_way_round_the_limit(
         "A" * 32 + ".0": (200, "interrupted"),
         "A" * 32 + ".7": (200, "interrupted"),
         own + ".9999": (204, None),
-        own + ".01": (400, "invalid_last_event_id"),
         own: (400, "invalid_last_event_id"),
         "x": (400, "invalid_last_event_id"),
         "*": (400, "invalid_last_event_id"),

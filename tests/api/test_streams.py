@@ -409,7 +409,6 @@ MALFORMED = {
     "a fraction": "SID.1.0",
     "hexadecimal": "SID.0x1",
     "an underscore": "SID.1_0",
-    "a leading zero": "SID.01",
     "an Arabic digit": "SID.%D9%A3",
     "a full-width digit": "SID.%EF%BC%93",
     "a superscript": "SID.%C2%B2",

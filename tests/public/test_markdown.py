@@ -354,6 +354,21 @@ async def test_no_markup_of_a_model_runs_loads_or_leads_astray(
     assert not [request for request in page.requests[requests:] if not request.startswith(f"GET {server.url}")]
 
 
+@pytest.mark.parametrize("nested", [">", "> ", "- "])
+async def test_what_is_nested_too_deep_is_shown_as_it_was_written(
+    launch: Launch, upstream: ScriptedUpstream, visit: VisitPage, nested: str
+) -> None:
+    """The parser recurses; where its stack ends the answer does not."""
+    server = await launch(LLM_BASE_URL=upstream.base_url)
+    page = await visit(server.url)
+    upstream.script = answer(["First\n\n", nested * 5000, " deep"])
+    await page.ask()
+    await page.reaches("done")
+    await expect(page.answer).to_contain_text("First")
+    await expect(page.answer).to_contain_text("deep")
+    assert page.complaints == []
+
+
 async def test_nor_does_it_while_half_of_it_has_come(page: Visit) -> None:
     """Each attack is a state of its own at each of its characters, and mending must not complete it."""
     requests = len(page.requests)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
+from playwright.async_api import Error as PlaywrightError
 from playwright.async_api import expect
 
 from tests.conftest import Launch
@@ -296,6 +298,45 @@ async def test_a_page_that_is_left_stops_its_answer_at_once(
     await expect(page["status"]).to_have_text("Stopped, because you left the page")
     await page.shows("Half")
     assert len(upstream.calls) == 1
+
+
+async def test_a_reload_while_the_server_cannot_be_reached_gives_nothing_up(
+    launch: Launch, upstream: ScriptedUpstream, visit: VisitPage
+) -> None:
+    """What takes the page's place then is somebody's error page: to the page that looks like being left for good."""
+    server = await launch(LLM_BASE_URL=upstream.base_url, **PATIENT)
+    async with Wire(server.url) as wire:
+        page = await visit(wire.url)
+        call = await half_answered(page, upstream)
+        wire.refusing = True
+        wire.cut()
+        await page.reaches("reconnecting")
+        with contextlib.suppress(PlaywrightError):  # that is what a 502 without a body is to it
+            await page.page.reload()
+        await page.page.wait_for_url("chrome-error://*/")
+        wire.refusing = False
+        await call.token(" and whole")
+        await page.page.goto(wire.url)
+        await page.shows("Half and whole")
+        await complete(call)
+        await page.reaches("done")
+        assert len(upstream.calls) == 1
+
+
+async def test_a_duplicated_tab_owns_nothing(launch: Launch, upstream: ScriptedUpstream, visit: VisitPage) -> None:
+    """It looks on; that it is closed says nothing about the tab that asked."""
+    server = await launch(LLM_BASE_URL=upstream.base_url, **PATIENT)
+    page = await visit(server.url)
+    call = await half_answered(page, upstream)
+    async with page.page.expect_popup() as opening:
+        await page.page.evaluate("() => { window.open(location.href); }")
+    duplicate = await opening.value
+    await expect(duplicate.locator("html")).to_have_attribute("data-state", "generating")
+    await duplicate.close()
+    await call.token(" and whole")
+    await page.shows("Half and whole")
+    await complete(call)
+    await page.reaches("done")
 
 
 async def test_a_tab_that_is_closed_stops_its_answer_at_once(

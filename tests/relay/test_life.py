@@ -134,14 +134,24 @@ def test_reading_it_to_the_end_again_does_not_lengthen_the_window(clock: Clock) 
     assert life.overdue
 
 
-def test_a_reader_that_drops_before_it_has_all_may_still_come_back(clock: Clock) -> None:
+def test_who_comes_and_goes_does_not_keep_it_for_ever(clock: Clock) -> None:
+    life = life_of(clock)
+    life.end(Outcome.COMPLETED)
+    for _ in range(3):
+        clock.now += 19
+        life.join()
+        life.leave(may_return=True)
+        assert life.due_at == 1060.0
+
+
+def test_an_answer_that_is_given_up_goes_with_its_last_reader(clock: Clock) -> None:
     life = life_of(clock)
     life.join()
     life.end(Outcome.COMPLETED)
-    assert life.state is State.REPLAYED
-    clock.now += 100
+    life.give_up()
+    assert not life.overdue
     life.leave(may_return=True)
-    assert life.due_at == 1160.0
+    assert life.overdue
 
 
 class Lives(RuleBasedStateMachine):

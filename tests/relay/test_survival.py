@@ -173,8 +173,6 @@ class Known:
         self.present -= 1
         self.visits.append((now, False, may_return))
         if self.ended_at is not None:
-            if may_return:
-                self.kept_until = max(self.kept_until, now + self.limits.resume_window)
             self._free()
 
     def ended(self, now: float) -> None:
@@ -703,7 +701,7 @@ class World:
         desk, now = self.desk, self.loop.time()
         assert desk.streams == sum(known.holds_place for known in self.known)
         assert desk.viewers == len(self.attached) == sum(known.present for known in self.known)
-        kept = [known for known in self.known if known.ended_at is not None and not known.present]
+        kept = [known for known in self.known if known.ended_at is not None]
         sure = sum(known.findable(now) is True for known in kept)
         unsure = sum(known.findable(now) is None for known in kept)
         assert sure <= desk.kept <= sure + unsure

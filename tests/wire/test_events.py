@@ -86,7 +86,8 @@ ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-"
 READ = {
     f"{SID}.0": EventId(SID, 0),
     f"{SID}.1": EventId(SID, 1),
-    f"{SID}.{10**20 - 1}": EventId(SID, 10**20 - 1),
+    f"{SID}.007": EventId(SID, 7),
+    f"{SID}.{10**100 - 1}": EventId(SID, 10**100 - 1),
     f"{'-' * 22}.12": EventId("-" * 22, 12),
     f"{'a' * 64}.12": EventId("a" * 64, 12),
 }
@@ -99,9 +100,9 @@ def test_an_event_id_is_a_stream_and_a_number(text: str, meant: EventId) -> None
 
 NO_ID = [
     *("", ".", "0", SID, f"{SID}.", ".0", f"{SID}0", f" {SID}.0", f"{SID}.0 ", f"{SID}.0\n", f"{SID}. 0", f"{SID} .0"),
-    *(f"{SID}.{number}" for number in ("-1", "+1", "1e3", "1.0", "0x1", "1_0", "00", "01", "a", "None", "1,2")),
+    *(f"{SID}.{number}" for number in ("-1", "+1", "1e3", "1.0", "0x1", "1_0", "a", "None", "1,2")),
     *(f"{SID}.{digit}" for digit in "\u0663\uff13\u00b2\u0967\U0001d7ce"),
-    *(f"{SID}.{'1' * 21}", f"{SID}.{'1' * 10_000}", f"{'a' * 21}.0", f"{'a' * 65}.0", f"{'a' * 10_000}.0"),
+    *(f"{SID}.{'1' * 101}", f"{SID}.{'1' * 10_000}", f"{'a' * 21}.0", f"{'a' * 65}.0", f"{'a' * 10_000}.0"),
     *(f"{SID}{character}.0" for character in "é./+=%\0\n ~\udcff"),
     *(f"{SID}.0{character}" for character in "é./+=%\0\n\r\u2028\udcff"),
     f"{SID}.0{SID}.0",

@@ -20,7 +20,7 @@ _ACCEPTED: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 @web.middleware
 async def name_request(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Take over the ``X-Request-ID`` that came, if it is harmless, else make one."""
-    request.app[CONNECTIONS].spoke(request.protocol)
     given = request.headers.get("X-Request-ID", "")
     request[REQUEST_ID] = given if _ACCEPTED.fullmatch(given) else secrets.token_hex(8)
-    return await handler(request)
+    with request.app[CONNECTIONS].answering(request.protocol):
+        return await handler(request)
