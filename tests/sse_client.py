@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 from multidict import CIMultiDictProxy
+from yarl import URL
 
 __all__ = ["Answer", "Event", "Stream", "ask", "open_stream", "open_view", "view"]
 
@@ -173,37 +174,11 @@ class Stream:
 
 
 @contextlib.asynccontextmanager
-async def open_stream(url: str, q: str = "hi", **headers: str) -> AsyncIterator[Stream]:
-    """``GET {url}/api/stream?q=…``, headers as ``Last_Event_ID="…"``. Leaving the context early drops the connection.
+async def open_view(url: str | URL, **headers: str) -> AsyncIterator[Stream]:
+    """``GET url``, headers as ``Last_Event_ID="…"``. Leaving the context early drops the connection.
 
     Raises aiohttp.ClientPayloadError where the body is cut: the server ends every response in order.
     """
-    async with (
-        aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session,
-        session.get(
-            f"{url}/api/stream",
-            params={"q": q},
-            headers={name.replace("_", "-"): value for name, value in headers.items()},
-            timeout=aiohttp.ClientTimeout(total=50),
-        ) as response,
-    ):
-        stream = Stream(response)
-        try:
-            yield stream
-        finally:
-            await stream.close()
-
-
-async def ask(url: str, q: str = "hi", **headers: str) -> Answer:
-    """Ask, and read the answer to its end."""
-    async with open_stream(url, q, **headers) as stream:
-        await stream.read_all()
-        return stream.answer
-
-
-@contextlib.asynccontextmanager
-async def open_view(url: str, **headers: str) -> AsyncIterator[Stream]:
-    """``GET url``, the whole URL of a stream; otherwise as :func:`open_stream`."""
     async with (
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session,
         session.get(
@@ -222,6 +197,18 @@ async def open_view(url: str, **headers: str) -> AsyncIterator[Stream]:
 async def view(url: str, **headers: str) -> Answer:
     """View the stream at ``url`` to its end."""
     async with open_view(url, **headers) as stream:
+        await stream.read_all()
+        return stream.answer
+
+
+def open_stream(url: str, q: str = "hi", **headers: str) -> contextlib.AbstractAsyncContextManager[Stream]:
+    """``GET {url}/api/stream?q=…``; otherwise as :func:`open_view`."""
+    return open_view(URL(f"{url}/api/stream").with_query(q=q), **headers)
+
+
+async def ask(url: str, q: str = "hi", **headers: str) -> Answer:
+    """Ask, and read the answer to its end."""
+    async with open_stream(url, q, **headers) as stream:
         await stream.read_all()
         return stream.answer
 

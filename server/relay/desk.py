@@ -265,10 +265,11 @@ class Desk:
             self._empty.set()
 
     def _make_room(self) -> None:
-        """Forget those that ended first, as long as all together are over the bound. One that is read is forgotten as
-        soon as its readers have been dropped: each of them can hold the whole of it for as long as it likes."""
+        """Forget those that ended first, as long as all together are over the bound; never the last one, however large.
+        One that is read is forgotten as soon as its readers have been dropped: each of them can hold the whole of it
+        for as long as it likes."""
         over = self._kept_bytes - _KEPT_BYTES
-        for stream_id in list(self._kept) if over > 0 else ():
+        for stream_id in list(self._kept)[:-1] if over > 0 else ():
             stream = self._streams[stream_id]
             over -= self._kept[stream_id]
             stream.life.give_up()

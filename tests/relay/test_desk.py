@@ -266,6 +266,19 @@ async def test_what_is_kept_is_bounded_and_the_first_to_end_goes_first(
     await desk.close()
 
 
+async def test_the_last_to_end_is_kept_however_large(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or its own viewers would be dropped before its end."""
+    monkeypatch.setattr(desk_module, "_KEPT_BYTES", 1)
+    stream = desk.open("a", REQUEST)
+    connection = FakeConnection()
+    with desk.viewing(stream, connection) as viewer:
+        stream.stop(Outcome.STOPPED)
+        await viewer.follow()
+    assert b"[DONE]" in b"".join(connection.written)
+    assert (desk.find(stream.id), desk.kept) == (stream, 1)
+    await desk.close()
+
+
 async def test_who_reads_what_has_to_be_forgotten_is_dropped(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that takes a byte a minute would hold the whole answer for as long as it likes."""
     first = ended_stream(desk)
