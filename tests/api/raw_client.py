@@ -109,6 +109,13 @@ class RawClient:
     async def send(self, data: bytes) -> None:
         await self._loop.sock_sendall(self._sock, data)
 
+    async def trickle(self, head: bytes) -> None:
+        """Send a request's head, and of its body a byte now and then, for ever."""
+        await self.send(head)
+        while True:
+            await self.send(b"1" if b"Content-Length" in head else b"1\r\nx\r\n")
+            await asyncio.sleep(0.1)
+
     async def read(self, most: int = 65_536) -> bytes:
         """What is there, at least one byte; empty at the end."""
         if self.received:

@@ -417,7 +417,9 @@ async def test_a_body_that_does_not_come_in_time_is_408(
     monkeypatch.setattr("server.api.body._TIMEOUT", 0.4)
     server = await serve(SLUICE_RATE_LIMIT="1/3600")
     client = await connect(server)
-    trickle = asyncio.create_task(_trickle(client, framing))
+    trickle = asyncio.create_task(
+        client.trickle(request("/api/streams", "Content-Type: application/json", framing, method="POST"))
+    )
     async with asyncio.timeout(5):
         response = await client.read_response()
     assert (response.status, response.error) == (408, "request_timeout")
@@ -425,13 +427,6 @@ async def test_a_body_that_does_not_come_in_time_is_408(
     await asyncio.gather(trickle, return_exceptions=True)
     assert upstream.calls == []
     assert (await (await connect(server)).ask(post())).status == 201, "a refusal has spent the client's token"
-
-
-async def _trickle(client: RawClient, framing: str) -> None:
-    await client.send(request("/api/streams", "Content-Type: application/json", framing, method="POST"))
-    while True:
-        await client.send(b" " if "Length" in framing else b"1\r\n \r\n")
-        await asyncio.sleep(0.1)
 
 
 async def test_a_body_in_crumbs_is_taken_if_it_comes_in_time(

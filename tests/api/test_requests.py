@@ -439,7 +439,7 @@ async def test_a_body_that_does_not_come_in_time_is_408(
     client = await connect(server)
     loop = asyncio.get_running_loop()
     began_at = loop.time()
-    trickle = asyncio.create_task(_trickle(client, request("/api/stream?q=hi", framing)))
+    trickle = asyncio.create_task(client.trickle(request("/api/stream?q=hi", framing)))
     response = await client.read_response()
     assert (response.status, response.error) == (408, "request_timeout")
     assert loop.time() - began_at < 3
@@ -447,13 +447,6 @@ async def test_a_body_that_does_not_come_in_time_is_408(
     await asyncio.gather(trickle, return_exceptions=True)
     assert upstream.calls == []
     assert (await ask(server.url)).complete, "a request that was refused has spent the client's token"
-
-
-async def _trickle(client: RawClient, head: bytes) -> None:
-    await client.send(head)
-    while True:
-        await client.send(b"1" if b"Length" in head else b"1\r\nx\r\n")
-        await asyncio.sleep(0.1)
 
 
 async def test_a_chunk_size_of_64_bits_is_bounded_as_any_other(
