@@ -1,15 +1,15 @@
-"""Numbers to figures: percentiles, medians over rounds, and the table that is printed. No I/O."""
+"""Numbers to figures: percentiles, medians over rounds, ratios within a round, the table that is printed. No I/O."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Figures", "Metric", "percentile", "summary", "table"]
+__all__ = ["Figures", "Metric", "percentile", "ratio", "summary", "table"]
 
-Figures = dict[str, float]  # by Metric.key
+Figures = dict[str, float]  # by Metric.key; NaN where there is nothing to measure
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,27 +34,40 @@ def percentile(values: Iterable[float], share: float) -> float:
 def summary(rounds: Sequence[Figures], metrics: Sequence[Metric]) -> Figures:
     """Each figure's median over the rounds; of faults the most, since a median would hide a single bad round."""
     faults = {metric.key for metric in metrics if metric.fault}
-    return {key: (max if key in faults else statistics.median)(figures[key] for figures in rounds) for key in rounds[0]}
+    return {key: (max if key in faults else _median)([figures[key] for figures in rounds]) for key in rounds[0]}
 
 
-def table(metrics: Sequence[Metric], rows: dict[str, Figures], ratio_of: tuple[str, str]) -> str:
-    """The rows under their titles; below, the first row of ``ratio_of`` divided by the second, where both are there."""
+def ratio(over: Sequence[Figures], under: Sequence[Figures], key: str) -> float:
+    """The median of what each round's ratio is: the two were measured one after the other, so a slow minute of the
+    machine falls on both. NaN where a round has nothing to divide."""
+    return _median([_divided(a[key], b[key]) for a, b in zip(over, under, strict=True)])
+
+
+def _median(values: Sequence[float]) -> float:
+    return float("nan") if any(map(math.isnan, values)) else statistics.median(values)
+
+
+def _divided(over: float, under: float) -> float:
+    return over / under if under > 0 else float("nan")
+
+
+def table(
+    metrics: Sequence[Metric], rows: Mapping[str, Figures], ratios: Mapping[str, Mapping[str, float]] | None = None
+) -> str:
+    """The rows under their titles, and below them the rows of ratios; what is NaN or not there stays empty."""
     lines = [["", *(metric.title for metric in metrics)]]
     for name, figures in rows.items():
-        lines.append([name, *(f"{figures[metric.key]:.{metric.digits}f}" for metric in metrics)])
-    if ratio_of[0] != ratio_of[1] and all(name in rows for name in ratio_of):
-        over, under = (rows[name] for name in ratio_of)
-        lines.append([" ÷ ".join(ratio_of), *(_ratio(metric, over, under) for metric in metrics)])
+        lines.append([name, *(_shown(figures[metric.key], f",.{metric.digits}f") for metric in metrics)])
+    for name, divided in (ratios or {}).items():
+        lines.append([name, *(_shown(divided.get(metric.key, math.nan), ".2f", " x") for metric in metrics)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
             [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-        )
+        ).rstrip()
         for line in lines
     )
 
 
-def _ratio(metric: Metric, over: Figures, under: Figures) -> str:
-    if not metric.ratio or metric.fault or not under[metric.key] > 0:
-        return ""
-    return f"{over[metric.key] / under[metric.key]:.2f} x"
+def _shown(figure: float, how: str, unit: str = "") -> str:
+    return "" if math.isnan(figure) else f"{figure:{how}}{unit}"

@@ -2,18 +2,18 @@
 
 ``python -m ops.bench.simulator --port P``. The last user message says how to answer, as words ``name=value``:
 
-    tokens=500     how many tokens
-    rate=50        tokens per second; 0 = all at once
     id=17          the number that the stream's tokens carry
+    tokens=500     how many tokens
+    rate=50        tokens per second; 0 = as fast as they are read
     head_after=1   seconds before the status line
     first_after=1  seconds between the head (and the role-only delta) and the first token
     phase=0.25     (with a rate) tokens leave when the clock shows that part of a token's interval, the first too; so
                    streams keep their places among each other, however slowly or together they were opened
     hold=1         stay silent after the last token instead of ending the answer
 
-A token's text is ``[ID.NUMBER.NS]``: stream, place in the stream, and the CLOCK_MONOTONIC nanosecond of its write,
-which a viewer on the same machine can compare with its own clock. ``GET /departures`` tells when each stream's asker
-arrived and left, by the same clock.
+Each token is a chunk of its own, as most endpoints send it; its text is that of ``ops.bench.tokens``, so a viewer on
+the same machine can compare its stamp with its own clock. ``GET /departures`` tells when each stream's asker arrived
+and left (CLOCK_MONOTONIC, ns).
 """
 
 from __future__ import annotations
@@ -30,16 +30,25 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import cast
+
+import msgspec
+
+from ops.bench.procs import fast_loop
+from ops.bench.ticker import Ticker
+from ops.bench.tokens import MAX_ID, MAX_NUMBER, TEXT_BYTES, stamp_us
 
 __all__ = ["TICK_NS", "Behaviour", "Departures", "Endpoint", "Pace", "Wheel", "ask_departures", "read_behaviour"]
 
-TICK_NS = 1_000_000  # one timer for all streams: a token leaves at most so much (and the loop's own lag) too late
+# One timer for all streams: a token leaves up to a tick (and the loop's own lag) too late. Real streams know nothing of
+# each other; with ticks of a millisecond a server would wake up once for ten of them, and look cheaper than it is.
+TICK_NS = 200_000
 
 _PREFIX = (
     b'data: {"id":"chatcmpl-bench","object":"chat.completion.chunk","created":1700000000,"model":"bench",'
     b'"system_fingerprint":"fp_bench","choices":[{"index":0,"delta":{'
 )
-_TOKEN = _PREFIX + b'"content":"[%d.%d.%d]"},"logprobs":null,"finish_reason":null}]}\n\n'
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 _ROLE = _PREFIX + b'"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}\n\n'
 _FINISH = _PREFIX + b'},"logprobs":null,"finish_reason":"stop"}]}\n\n'
@@ -48,6 +57,29 @@ _USAGE = (
     b'"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":%d,"total_tokens":%d}}\n\n'
 )
 _DONE = b"data: [DONE]\n\n"
+
+_UP_TO_TEXT = _PREFIX + b'"content":"'
+_FROM_TEXT = b'"},"logprobs":null,"finish_reason":null}]}\n\n'
+_OPENS = b"%x\r\n%b" % (len(_UP_TO_TEXT) + TEXT_BYTES + len(_FROM_TEXT), _UP_TO_TEXT)  # a token's chunk, to its text
+_CLOSES = _FROM_TEXT + b"\r\n"
+
+# From one token's number to the next token's stamp; what stands there is all that tells two of them apart.
+_BETWEEN = [b"%07d]%b%b" % (number, _CLOSES, _OPENS) for number in range(16_384)]
+
+_POURED_AT_ONCE = 512  # tokens of an answer without a rate, before other streams get their turn
+
+
+def token_chunks(stream: int, numbers: range, now_ns: int) -> bytes:
+    """The tokens of that stream, one chunk each: a tenth of a microsecond a token where there are many."""
+    if not numbers:
+        return b""
+    last = numbers[-1]
+    if last <= len(_BETWEEN):
+        between = _BETWEEN[numbers.start : last]
+    else:
+        between = [b"%07d]%b%b" % (number, _CLOSES, _OPENS) for number in numbers[:-1]]
+    place = b"[%08d.%06d." % (stamp_us(now_ns), stream)
+    return place.join((_OPENS, *between, b"%07d]%b" % (last, _CLOSES)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +95,30 @@ class Behaviour:
     hold: bool = False
 
 
+class _Message(msgspec.Struct):
+    role: str
+    content: str
+
+
+class _ChatRequest(msgspec.Struct):
+    messages: list[_Message]
+
+
+_decode_request = msgspec.json.Decoder(_ChatRequest).decode
+
+
 def read_behaviour(body: bytes) -> Behaviour:
-    """The behaviour that the last user message of a chat request asks for; what it does not name has its default."""
-    messages = json.loads(body)["messages"]
-    prompt = next(message["content"] for message in reversed(messages) if message["role"] == "user")
+    """The behaviour that the last user message of a chat request asks for; what it does not name has its default.
+
+    Raises ValueError where an id or a number of tokens is larger than a token's text can tell.
+    """
+    messages = _decode_request(body).messages
+    return _behaviour(next(message.content for message in reversed(messages) if message.role == "user"))
+
+
+def _behaviour(prompt: str) -> Behaviour:
     words: dict[str, str] = dict(re.findall(r"(\w+)=([0-9.]+)", prompt))
-    return Behaviour(
+    asked = Behaviour(
         tokens=int(words.get("tokens", 1)),
         rate=float(words.get("rate", 0)),
         id=int(words.get("id", 0)),
@@ -77,6 +127,9 @@ def read_behaviour(body: bytes) -> Behaviour:
         phase=float(words["phase"]) if "phase" in words else None,
         hold="hold" in words,
     )
+    if asked.id > MAX_ID or asked.tokens > MAX_NUMBER:
+        raise ValueError(f"larger than a token's text can tell: {prompt}")
+    return asked
 
 
 class Pace:
@@ -88,12 +141,12 @@ class Pace:
     def __init__(self, first_ns: int, rate: float, total: int) -> None:
         self.first_ns, self.rate, self.total, self.sent = first_ns, rate, total, 0
 
-    def take(self, now_ns: int) -> range:
-        """The numbers of the tokens that became due since the last call."""
+    def take(self, now_ns: int, most: int = MAX_NUMBER) -> range:
+        """The numbers of the tokens that became due since the last call, and no more than ``most`` of them."""
         start = self.sent
         if now_ns >= self.first_ns:
             due = int((now_ns - self.first_ns) * self.rate // 1_000_000_000) + 1 if self.rate else self.total
-            self.sent = max(start, min(due, self.total))
+            self.sent = max(start, min(due, self.total, start + most))
         return range(start, self.sent)
 
     def align(self, phase: float) -> None:
@@ -146,23 +199,19 @@ class Endpoint:
     def __init__(self) -> None:
         self.departures = Departures({}, {})
         self._wheel = Wheel(time.monotonic_ns())
-        self._ticking = False
+        self._ticker = Ticker(TICK_NS, self._tick)
 
     def at(self, due_ns: int, action: Callable[[int], None]) -> None:
         """Have ``action(now_ns)`` called at ``due_ns`` or up to a tick later."""
-        if not self._ticking:
+        if not self._ticker.running:
             self._wheel.turn(time.monotonic_ns())  # it is empty, and only catches up with the clock
-            self._ticking = True
-            asyncio.get_running_loop().call_later(TICK_NS / 1e9, self._tick)
+            self._ticker.start()
         self._wheel.add(due_ns, action)
 
     def _tick(self) -> None:
-        now_ns = time.monotonic_ns()
-        self._wheel.turn(now_ns)
-        self._ticking = bool(self._wheel)
-        if self._ticking:
-            rest_ns = TICK_NS - now_ns % TICK_NS
-            asyncio.get_running_loop().call_later(rest_ns / 1e9, self._tick)
+        self._wheel.turn(time.monotonic_ns())
+        if not self._wheel:
+            self._ticker.stop()
 
     def connection(self) -> asyncio.Protocol:
         return _Connection(self)
@@ -176,16 +225,16 @@ class _Connection(asyncio.Protocol):
         self._received = b""
         self._behaviour: Behaviour | None = None  # of the answer that is running
         self._pace = Pace(0, 0.0, 0)
+        self._paused = False
+        self._going_on = False  # whether somebody will call _go_on anyway
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by class
 
     def data_received(self, data: bytes) -> None:
         self._received += data
         head, separator, rest = self._received.partition(b"\r\n\r\n")
-        length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
-        size = int(length[1]) if length else 0
+        size = _content_length(head)
         if not separator or len(rest) < size:
             return
         self._received = rest[size:]
@@ -199,6 +248,14 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._left()
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        if not self._going_on:
+            self._go_on(time.monotonic_ns())
 
     def _left(self) -> None:
         if self._behaviour is not None:
@@ -231,20 +288,37 @@ class _Connection(asyncio.Protocol):
         self._go_on(now_ns)  # the first token waits for no tick: time to first token is measured against it
 
     def _go_on(self, now_ns: int) -> None:
-        """Write the tokens that are due, each as a chunk of its own; then wait for the next, or end."""
+        """Write the tokens that are due; then wait for the next, or for the reader, or end."""
         behaviour, pace = self._behaviour, self._pace
-        if behaviour is None:
+        self._going_on = False
+        if behaviour is None or self._paused:
             return
-        due = pace.take(now_ns)
-        if due:
-            written_ns = time.monotonic_ns()
-            self._transport.write(b"".join(_chunk(_TOKEN % (behaviour.id, number, written_ns)) for number in due))
-        if pace.sent < pace.total:
+        if due := pace.take(now_ns, _POURED_AT_ONCE):
+            self._transport.write(token_chunks(behaviour.id, due, time.monotonic_ns()))
+        if pace.sent == pace.total:
+            self._end(behaviour)
+            return
+        self._going_on = True
+        if pace.next_ns <= now_ns:
+            asyncio.get_running_loop().call_soon(self._pour)
+        else:
             self._endpoint.at(pace.next_ns, self._go_on)
-        elif not behaviour.hold:
-            usage = _USAGE % (pace.total, pace.total + 1)
+
+    def _pour(self) -> None:
+        self._go_on(time.monotonic_ns())
+
+    def _end(self, behaviour: Behaviour) -> None:
+        if not behaviour.hold:
+            usage = _USAGE % (self._pace.total, self._pace.total + 1)
             self._transport.write(_chunk(_FINISH) + _chunk(usage) + _chunk(_DONE) + b"0\r\n\r\n")
             self._behaviour = None
+
+
+@lru_cache
+def _content_length(head: bytes) -> int:
+    """Askers repeat their heads, and a closed loop of short answers sends thousands a second."""
+    length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+    return int(length[1]) if length else 0
 
 
 def _chunk(payload: bytes) -> bytes:
@@ -270,8 +344,10 @@ async def _serve(port: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The simulated endpoint of the benchmark.")
     parser.add_argument("--port", type=int, default=0)
+    port = parser.parse_args().port
     gc.disable()  # a collection would look like lateness of the server under test
-    asyncio.run(_serve(parser.parse_args().port))
+    with asyncio.Runner(loop_factory=fast_loop()) as runner:
+        runner.run(_serve(port))
 
 
 if __name__ == "__main__":

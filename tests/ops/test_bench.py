@@ -12,9 +12,12 @@ import pytest
 
 from ops.bench.figures import Metric, percentile, summary, table
 from ops.bench.procs import Child, Cores
-from ops.bench.scenarios import PLAIN, SCENARIOS, Scale, open_rig
+from ops.bench.relays import PLAIN
+from ops.bench.rig import open_rig
+from ops.bench.scenarios import SCENARIOS, Scale
 from ops.bench.simulator import TICK_NS, Behaviour, Pace, Wheel, ask_departures, read_behaviour
-from ops.bench.viewers import ChunkedBody, Record, TokenCheck, Viewer, ViewerFailed, ask_endpoint, open_viewers
+from ops.bench.tokens import TokenCheck
+from ops.bench.viewers import ChunkedBody, Record, Viewer, ViewerFailed, ask_endpoint, open_viewers
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads /proc")
 
@@ -39,7 +42,7 @@ def test_rounds_are_told_by_their_median_and_faults_by_the_worst_round() -> None
 
 def test_the_table_sets_the_ratio_below_the_rows() -> None:
     metrics = [Metric("us", "µs"), Metric("missed", "missed", 0, fault=True)]
-    shown = table(metrics, {"a": {"us": 1.5, "missed": 0}, "b": {"us": 3.0, "missed": 1}}, ("a", "b"))
+    shown = table(metrics, {"a": {"us": 1.5, "missed": 0}, "b": {"us": 3.0, "missed": 1}}, {"a ÷ b": {"us": 0.5}})
     assert [line.split() for line in shown.splitlines()] == [
         ["µs", "missed"],
         ["a", "1.50", "0"],
@@ -129,8 +132,7 @@ def test_a_token_lost_doubled_or_in_the_wrong_stream_is_seen(
     tokens: list[tuple[int, int]], lost: int, doubled: int, misplaced: int
 ) -> None:
     check = TokenCheck(stream=7)
-    for stream, number in tokens:
-        check.take(stream, number)
+    check.read(b"".join(b'{"token":"[12345678.%06d.%07d]"}' % token for token in tokens))
     check.end(total=3)
     assert (check.lost, check.doubled, check.misplaced) == (lost, doubled, misplaced)
     assert check.wrong == lost + doubled + misplaced
@@ -138,7 +140,8 @@ def test_a_token_lost_doubled_or_in_the_wrong_stream_is_seen(
 
 STREAM = (
     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-    b'1b\r\ndata: {"token":"[7.0.11]"}\n\n\r\n1b\r\ndata: {"token":"[7.1.22]"}\n\n\r\n'
+    b'2c\r\ndata: {"token":"[00000011.000007.0000000]"}\n\n\r\n'
+    b'2c\r\ndata: {"token":"[00000022.000007.0000001]"}\n\n\r\n'
 )
 
 
@@ -173,7 +176,7 @@ async def test_a_refusal_or_an_error_ends_the_measurement(answer: bytes) -> None
 async def test_the_endpoint_keeps_pace_and_knows_who_left() -> None:
     """40 streams at 100 tokens a second for half a second: as many tokens as that makes, each in its place."""
     record = Record(recording=True)
-    async with Child(["-m", "ops.bench.simulator"], Cores.choose().rig) as endpoint:
+    async with Child([sys.executable, "-m", "ops.bench.simulator"], Cores.choose().rig) as endpoint:
         prompts = [(stream, f"id={stream} tokens=51 rate=100") for stream in range(1, 41)]
         began = asyncio.get_running_loop().time()
         viewers = await open_viewers(endpoint.port, ask_endpoint, prompts, record)
@@ -197,17 +200,7 @@ async def test_the_endpoint_keeps_pace_and_knows_who_left() -> None:
 @linux_only
 @pytest.mark.parametrize("name", SCENARIOS)
 async def test_a_scenario_measures_the_plain_relay(name: str) -> None:
-    tiny = Scale(
-        cancel_tries=8,
-        ttft_requests=5,
-        memory_streams=20,
-        kept_answers=20,
-        kept_tokens=5,
-        cpu_streams=10,
-        cpu_rate=50,
-        cpu_ramp_s=0.1,
-        cpu_window_s=0.5,
-    )
+    tiny = Scale(ramp_s=0.1, window_s=0.5, s1_streams=10, s2_streams=20, clients=4)
     mine = os.sched_getaffinity(0)
     async with open_rig(PLAIN, Cores.choose()) as rig:
         figures = await SCENARIOS[name].run(rig, tiny)

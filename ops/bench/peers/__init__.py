@@ -1,0 +1,1 @@
+"""The programs that Sluice is measured beside, other than the plain relay."""
