@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Figures", "Metric", "percentile", "ratio", "summary", "table"]
+__all__ = ["Figures", "Metric", "aligned", "percentile", "ratio", "summary", "table"]
 
 Figures = dict[str, float]  # by Metric.key; NaN where there is nothing to measure
 
@@ -60,6 +60,11 @@ def table(
         lines.append([name, *(_shown(figures[metric.key], f",.{metric.digits}f") for metric in metrics)])
     for name, divided in (ratios or {}).items():
         lines.append([name, *(_shown(divided.get(metric.key, math.nan), ".2f", " x") for metric in metrics)])
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(

@@ -8,11 +8,12 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+from ops.bench.peers.fastapi_stack import build_venv, open_fastapi
 from ops.bench.peers.nginx import find_nginx, open_nginx
 from ops.bench.procs import Child
 from ops.bench.viewers import Ask, ask_endpoint, ask_relay
 
-__all__ = ["DIRECT", "NGINX", "PLAIN", "RELAYS", "SLUICE", "Relay"]
+__all__ = ["DIRECT", "FASTAPI", "NGINX", "PLAIN", "RELAYS", "SLUICE", "Relay"]
 
 Open = Callable[[int, int], AbstractAsyncContextManager[Child | None]]  # the endpoint's port and a core to the server
 
@@ -25,7 +26,7 @@ class Relay:
     open: Open
     ask: Ask
     ask_once: Ask  # as a client that cannot resume: its answer stops when it leaves
-    missing: Callable[[], str] = lambda: ""  # why it cannot be measured here; empty where it can
+    missing: Callable[[], str] = lambda: ""  # get it ready; returns why it cannot be measured here, empty where it can
     most_streams: int = 1_000_000  # that it can hold open
 
 
@@ -85,6 +86,15 @@ NGINX = Relay(
     ask_once=ask_endpoint,
     missing=lambda: "" if find_nginx() else "not installed",
 )
+# The openai client keeps at most 1000 connections: with more streams some would wait for others to end.
+FASTAPI = Relay(
+    name="FastAPI stack",
+    open=open_fastapi,
+    ask=ask_relay,
+    ask_once=ask_relay,
+    missing=build_venv,
+    most_streams=900,
+)
 DIRECT = Relay(name="direct", open=_open_nothing, ask=ask_endpoint, ask_once=ask_endpoint)
 
 RELAYS = {
@@ -92,5 +102,6 @@ RELAYS = {
     "sluice-plain-path": PLAIN_PATH,
     "plain": PLAIN,
     "nginx": NGINX,
+    "fastapi": FASTAPI,
     "direct": DIRECT,
 }

@@ -179,6 +179,7 @@ class Viewer(_Reader):
         self._waiting: asyncio.Future[None] | None = None
         self._waiting_for = 0  # tokens
         self.check = TokenCheck(stream)
+        self._leaving = False
         self.asked_ns = self.first_token_ns = self.left_ns = 0
 
     async def tokens(self, count: int) -> None:
@@ -201,7 +202,7 @@ class Viewer(_Reader):
         if reset:
             sock = self._transport.get_extra_info("socket")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
-        self.left_ns = time.monotonic_ns()
+        self._leaving = True
         self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -210,7 +211,8 @@ class Viewer(_Reader):
         self._ask(self._request, self.check.stream)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self.left_ns and not self._body.ended:
+        self.left_ns = time.monotonic_ns()  # the socket is closed as soon as this returns
+        if not self._leaving and not self._body.ended:
             self._fail(f"the connection was lost: {exc}")
 
     def _take(self, payload: bytes, now_ns: int) -> None:

@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from ops.bench.figures import Figures, Metric, percentile
 from ops.bench.rig import Rig
 from ops.bench.scenarios.scenario import TRUST, WRONG, Scale, Scenario
-from ops.bench.viewers import Record, open_viewers
+from ops.bench.viewers import Record, Viewer, ViewerFailed, open_viewers
 
-__all__ = ["S1", "S2", "flow"]
+__all__ = ["S1", "S2", "STARVE", "flow"]
 
 _OPENING_S = 10.0  # the first streams must outlast the opening of the last
+_GREEDY_RATE = 200_000  # tokens per second of one stream, about what a whole core can relay
 
 
 async def flow(rig: Rig, scale: Scale, *, streams: int, rate: float) -> Figures:
     """The server's processor time over a window, by the tokens that viewers received in it, and their lateness."""
     record = Record()
-    tokens = int((_OPENING_S + scale.ramp_s + scale.window_s) * rate)
-    # Evenly spread over a token's interval: streams in step would be read together, and look cheaper than they are.
-    prompts = [
-        (stream, f"id={stream} tokens={tokens} rate={rate} phase={stream * 0.618 % 1:.3f}") for stream in range(streams)
-    ]
-    viewers = await open_viewers(rig.port, rig.ask, prompts, record)
-    await asyncio.sleep(scale.ramp_s)
-    watched = rig.watch()
-    record.recording = True
-    await asyncio.sleep(scale.window_s)
-    record.recording = False
-    figures = watched()
-    failed = sum(1 for viewer in viewers if viewer.failure)
-    wrong = sum(viewer.check.wrong for viewer in viewers)
-    for viewer in viewers:
-        viewer.leave()
-    if not record.tokens:
-        raise RuntimeError("no token arrived in the window")
-    return figures | {
-        "us_per_token": 1e6 * figures["cpu_s"] / record.tokens,
-        "bytes_per_token": record.bytes / record.tokens,
-        "late_p50_ms": percentile(record.late_us, 0.5) / 1e3,
-        "late_p99_ms": percentile(record.late_us, 0.99) / 1e3,
-        "gap_p99_ms": percentile(record.gap_us, 0.99) / 1e3,
-        "delivered_percent": 100 * record.tokens / (streams * rate * figures["wall_s"]),
-        "wrong": float(failed + wrong),
-    }
+    viewers = await _open(rig, scale, streams, rate, record)
+    return await _watch(rig, scale, viewers, (record,)) | _told(record, streams * rate * scale.window_s)
 
 
 async def _run_s1(rig: Rig, scale: Scale) -> Figures:
@@ -54,22 +31,84 @@ async def _run_s2(rig: Rig, scale: Scale) -> Figures:
     return await flow(rig, scale, streams=scale.s2_streams, rate=20)
 
 
+async def _run_starve(rig: Rig, scale: Scale) -> Figures:
+    """The figures are those of the ordinary streams; of the greedy one, how much it got."""
+    rate, record, greedy = 50, Record(), Record(timed=False)
+    viewers = await _open(rig, scale, scale.s1_streams, rate, record)
+    tokens = int((2 + scale.ramp_s + scale.window_s) * _GREEDY_RATE)
+    stream = scale.s1_streams + 1
+    viewers += await open_viewers(
+        rig.port, rig.ask, [(stream, f"id={stream} tokens={tokens} rate={_GREEDY_RATE}")], greedy
+    )
+    figures = await _watch(rig, scale, viewers, (record, greedy))
+    told = _told(record, scale.s1_streams * rate * scale.window_s)
+    return figures | told | {"greedy_tokens_per_s": greedy.tokens / figures["wall_s"]}
+
+
+async def _open(rig: Rig, scale: Scale, streams: int, rate: float, record: Record) -> list[Viewer]:
+    tokens = int((_OPENING_S + scale.ramp_s + scale.window_s) * rate)
+    # Evenly spread over a token's interval: streams in step would be read together, and look cheaper than they are.
+    prompts = [
+        (stream, f"id={stream} tokens={tokens} rate={rate} phase={stream * 0.618 % 1:.3f}") for stream in range(streams)
+    ]
+    return await open_viewers(rig.port, rig.ask, prompts, record)
+
+
+async def _watch(rig: Rig, scale: Scale, viewers: Sequence[Viewer], records: Sequence[Record]) -> Figures:
+    """Let the streams flow for the window, then leave."""
+    await asyncio.sleep(scale.ramp_s)
+    watched = rig.watch()
+    for record in records:
+        record.recording = True
+    await asyncio.sleep(scale.window_s)
+    for record in records:
+        record.recording = False
+    figures = watched()
+    wrong = sum(viewer.check.wrong for viewer in viewers)
+    if failures := [viewer.failure for viewer in viewers if viewer.failure]:
+        raise ViewerFailed(f"{len(failures)} of {len(viewers)} streams, such as: {failures[0]}")
+    for viewer in viewers:
+        viewer.leave()
+    tokens = sum(record.tokens for record in records)
+    if not tokens:
+        raise RuntimeError("no token arrived in the window")
+    return figures | {"us_per_token": 1e6 * figures["cpu_s"] / tokens, "wrong": float(wrong)}
+
+
+def _told(record: Record, nominal_tokens: float) -> Figures:
+    return {
+        "bytes_per_token": record.bytes / record.tokens if record.tokens else float("nan"),
+        "late_p50_ms": percentile(record.late_us, 0.5) / 1e3,
+        "late_p99_ms": percentile(record.late_us, 0.99) / 1e3,
+        "gap_p99_ms": percentile(record.gap_us, 0.99) / 1e3,
+        "delivered_percent": 100 * record.tokens / nominal_tokens,
+    }
+
+
+_LATE = (
+    Metric("late_p50_ms", "late p50 ms", ratio=False),
+    Metric("late_p99_ms", "late p99 ms", ratio=False),
+    Metric("gap_p99_ms", "inter-token p99 ms", 1, ratio=False),
+    Metric("delivered_percent", "delivered %", 1, ratio=False),
+    Metric("server_core_percent", "server core %", 0, ratio=False),
+)
 _METRICS = (
     Metric("us_per_token", "µs/token", 1),
     Metric("bytes_per_token", "bytes/token", 0, ratio=False),
-    Metric("late_p50_ms", "late p50 ms"),
-    Metric("late_p99_ms", "late p99 ms"),
-    Metric("gap_p99_ms", "gap p99 ms", 1, ratio=False),
-    Metric("delivered_percent", "delivered %", 1, ratio=False),
-    Metric("server_core_percent", "server core %", 0, ratio=False),
+    *_LATE,
     WRONG,
     *TRUST,
 )
 
 S1 = Scenario(
-    "s1: 200 streams at 50 tokens/s (late: from the endpoint's write to the viewer's read; gap: between two of its reads)",
+    "s1: 200 streams at 50 tokens/s (late: from the endpoint's write to the viewer's read)",
     _METRICS,
     _run_s1,
     paced=True,
 )
-S2 = Scenario("s2: 1000 streams at 20 tokens/s", _METRICS, _run_s2, paced=True)
+S2 = Scenario("s2: 1000 streams at 20 tokens/s", _METRICS, _run_s2, paced=True, streams=1000)
+STARVE = Scenario(
+    "starve: one stream at 200,000 tokens/s beside 200 ordinary ones at 50 (late: the ordinary ones)",
+    (Metric("greedy_tokens_per_s", "greedy tokens/s", 0, ratio=False), *_LATE, WRONG, *TRUST),
+    _run_starve,
+)
