@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ops.loadtest.summary import Summary
 
-__all__ = ["Capacity", "CapacitySearch", "Step", "find_capacity"]
+__all__ = ["Capacity", "CapacitySearch", "Step", "counted", "find_capacity"]
 
 _FINENESS = 16  # the search ends when what held and what broke are a sixteenth apart
 
@@ -55,7 +56,7 @@ class Step:
 
     def __str__(self) -> str:
         state = "held" if self.held else "broke"
-        return f"{self.streams} streams {state}: " + "; ".join(str(verdict) for verdict in self.summary.verdicts)
+        return f"{counted(self.streams)} {state}: " + "; ".join(str(verdict) for verdict in self.summary.verdicts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class Capacity:
     steps: list[Step] = field(default_factory=list)
     tester: list[str] = field(default_factory=list)  # why the tester itself may have broken the last step
     interrupted: bool = False
+    unmeasured: str = ""  # objectives that the steps are too short for
 
     @property
     def limit_held(self) -> bool:
@@ -75,16 +77,18 @@ class Capacity:
     def __str__(self) -> str:
         if self.tester:
             return (
-                f"at least {self.streams} streams; beyond, the tester itself was the bottleneck "
+                f"at least {counted(self.streams)}; beyond, the tester itself was the bottleneck "
                 f"({'; '.join(self.tester)}), so that the endpoint's capacity is not known"
             )
+        if self.unmeasured:
+            return f"unknown: a step held nothing to measure {self.unmeasured} by; make --step longer than an answer"
         if self.interrupted:
-            return f"at least {self.streams} streams; the search was ended before it was over"
+            return f"at least {counted(self.streams)}; the search was ended before it was over"
         if self.limit_held:
-            return f"at least {self.streams} streams: all objectives held up to --max-streams"
+            return f"at least {counted(self.streams)}: all objectives held up to --max-streams"
         if not self.streams:
             return "not even one stream keeps the objectives"
-        return f"{self.streams} streams"
+        return counted(self.streams)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -93,6 +97,7 @@ class Capacity:
             "limit_held": self.limit_held,
             "tester": self.tester,
             "interrupted": self.interrupted,
+            "unmeasured": self.unmeasured,
             "steps": [{"streams": step.streams, "held": step.held, **step.summary.as_json()} for step in self.steps],
         }
 
@@ -109,11 +114,25 @@ async def find_capacity(
             step = Step(streams, await measure(streams))
             steps.append(step)
             say(str(step))
-            if step.held or step.summary.interrupted or step.summary.overhead.warnings:
+            if step.held or step.summary.interrupted or step.summary.overhead.warnings or _unmeasured(step):
                 break
         if step.summary.interrupted:
             return Capacity(search.held, limit, steps, interrupted=True)
+        if unmeasured := _unmeasured(step):
+            return Capacity(search.held, limit, steps, unmeasured=unmeasured)
         if not step.held and step.summary.overhead.warnings:
             return Capacity(search.held, limit, steps, step.summary.overhead.warnings)
         search.tell(streams, held=step.held)
     return Capacity(search.held, limit, steps)
+
+
+def counted(streams: int) -> str:
+    return "1 stream" if streams == 1 else f"{streams} streams"
+
+
+def _unmeasured(step: Step) -> str:
+    """The objectives without a value, where it is not for failures that there is none."""
+    verdicts = step.summary.verdicts
+    if any(not verdict.kept and verdict.objective.name == "error_rate" for verdict in verdicts):
+        return ""
+    return ", ".join(verdict.objective.text for verdict in verdicts if math.isnan(verdict.value))

@@ -127,8 +127,10 @@ def ttft_ns(record: Record, *, service: bool = False) -> int | None:
 
 
 def e2el_ns(record: Record, *, service: bool = False) -> int | None:
-    """End-to-end latency, up to the last token."""
-    return record.token_ns[-1] - (record.started_ns if service else record.intended_ns) if record.token_ns else None
+    """End-to-end latency, up to the last token; None where none came, or where the tester itself was away meanwhile."""
+    if not record.token_ns or record.resumed_at:
+        return None
+    return record.token_ns[-1] - (record.started_ns if service else record.intended_ns)
 
 
 def tpot_ns(record: Record) -> float | None:
@@ -139,9 +141,15 @@ def tpot_ns(record: Record) -> float | None:
 
 
 def gaps_ns(record: Record) -> list[int]:
-    """The request's inter-token latencies, without those that span a reconnect of the tester's."""
-    times, left_out = record.token_ns, set(record.resumed_at)
-    return [times[at] - times[at - 1] for at in range(1, len(times)) if at not in left_out]
+    """The request's inter-token latencies, without those of a reconnect: the gap that spans it, and the zeros between
+    the tokens that had piled up meanwhile and came in one read."""
+    times, resumed_at = record.token_ns, set(record.resumed_at)
+    gaps, piled_up = [], False
+    for at in range(1, len(times)):
+        piled_up = at in resumed_at or (piled_up and times[at] == times[at - 1])
+        if not piled_up:
+            gaps.append(times[at] - times[at - 1])
+    return gaps
 
 
 def itl_p99_ns(record: Record) -> int | None:

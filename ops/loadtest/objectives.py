@@ -1,9 +1,11 @@
 """``--slo``: what each request, or the run as a whole, has to keep; its grammar, and the verdict. No I/O.
 
-    ttft=500ms  tpot=50ms  itl=100ms  e2el=10s       each request: together they make goodput
-    ttft_p99=1s  itl_p99=100ms  e2el_mean=8s  …      the run: a statistic of all values
-    error_rate=1%                                    the run: failures (incomplete, error, refused) of what was begun
-    good=95%                                         the run: requests that kept every objective of theirs
+    ttft=500ms  tpot=50ms  itl=100ms  e2el=10s    each request: together they make goodput
+    ttft_p99=1s  itl_p99=100ms  e2el_mean=8s      the run: a statistic of all values
+    error_rate=1%                    the run: the share of requests that failed (incomplete, error, refused); those that
+                                     were cancelled on purpose or never sent do not count
+    good=95%                         the run: of the requests that completed or failed, those that completed and kept
+                                     every objective of a request
 
 A request's ``itl`` is the p99 of its own gaps, since tokens that arrive in one read are 0 apart and would hide a stall
 in a mean; ``tpot`` is the mean. A bound itself still keeps the objective.

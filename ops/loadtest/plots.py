@@ -13,7 +13,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ops.loadtest.capacity import Capacity
+from ops.loadtest.capacity import Capacity, Step
 from ops.loadtest.metrics import Histogram
 from ops.loadtest.objectives import Objectives
 from ops.loadtest.summary import OverTime, Summary
@@ -98,19 +98,25 @@ def latency_over_time_plot(over_time: OverTime) -> str:
 def capacity_plot(capacity: Capacity, objectives: Objectives) -> str:
     """Latency over the number of streams; steps that broke are crosses."""
 
+    measured = [
+        (name, title)
+        for name, title in (("itl", "ITL"), ("ttft", "TTFT"))
+        if any(step.summary.latencies[name].count for step in capacity.steps)
+    ]
+
     def draw(axes: Sequence[Axes]) -> None:
-        for axis, (name, title) in zip(axes, (("itl", "ITL"), ("ttft", "TTFT")), strict=True):
+        for axis, (name, title) in zip(axes, measured, strict=False):
             for statistic, colour in (("p99", _SECOND), ("p50", _FIRST)):
-                _draw_steps(axis, capacity, name, statistic, colour)
+                _draw_steps(axis, capacity.steps, name, statistic, colour)
             for bound in [known.bound for known in objectives.run if known.name.startswith(f"{name}_")]:
                 axis.axhline(bound, color=_BAD, linestyle=(0, (4, 3)), linewidth=1)
             axis.set_title(f"{title} (ms)")
             axis.set_xlabel("streams")
             axis.set_xlim(left=0)
             axis.set_ylim(bottom=0)
-            axis.legend(loc="upper left", labelcolor=_INK)
+            axis.legend(loc="upper left", labelcolor=_INK, fontsize=8)
 
-    return _svg("capacity", 2, draw, height_in=2.8)
+    return _svg("capacity", max(1, len(measured)), draw, height_in=2.8)
 
 
 def _draw_distribution(axis: Axes, histogram: Histogram, title: str) -> None:
@@ -153,16 +159,20 @@ def _draw_over_time(
     axis.set_xlabel("s")
     axis.set_xlim(0, max(len(over_time.open_streams), 1) * over_time.moment_s)
     highest = max((value for _, values, _ in lines for value in values if not math.isnan(value)), default=0.0)
-    axis.set_ylim(0, highest * 1.12 or 1.0)
+    axis.set_ylim(0, highest * 1.1 or 1.0)
     if any(name for name, _, _ in lines):
-        axis.legend(loc="upper right", labelcolor=_INK, ncols=2, borderaxespad=0.0, bbox_to_anchor=(1.0, 1.2))
+        axis.set_ylim(0, highest * 1.35 or 1.0)  # room for the legend
+        axis.legend(loc="upper right", labelcolor=_INK, ncols=2, fontsize=8, borderaxespad=0.1)
 
 
-def _draw_steps(axis: Axes, capacity: Capacity, latency: str, statistic: str, colour: str) -> None:
-    steps = sorted(capacity.steps, key=lambda step: step.streams)
-    values = [step.summary.latencies[latency].get(statistic) for step in steps]
-    axis.plot([step.streams for step in steps], values, color=colour, label=statistic)
-    for step, value in zip(steps, values, strict=True):
+def _draw_steps(axis: Axes, steps: Sequence[Step], latency: str, statistic: str, colour: str) -> None:
+    """A line through the steps; a number that was measured twice shows both, and the line goes through the second."""
+    last = {step.streams: step for step in steps}
+    line = sorted(last.values(), key=lambda step: step.streams)
+    values = [step.summary.latencies[latency].get(statistic) for step in line]
+    axis.plot([step.streams for step in line], values, color=colour, label=statistic)
+    for step in steps:
+        value = step.summary.latencies[latency].get(statistic)
         axis.plot([step.streams], [value], marker="o" if step.held else "x", markersize=5, color=colour)
 
 

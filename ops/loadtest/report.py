@@ -16,7 +16,7 @@ from ops.loadtest.record import Outcome
 from ops.loadtest.run import Load
 from ops.loadtest.summary import Summary
 from ops.loadtest.target import Target
-from ops.loadtest.terminal import LATENCY_TITLES
+from ops.loadtest.terminal import shown_latencies
 
 __all__ = ["Report", "render"]
 
@@ -33,7 +33,7 @@ h2 { font-size: 1.05rem; margin: 2.6rem 0 .6rem; padding-bottom: .3rem; border-b
 p { margin: .4rem 0; max-width: 46rem; }
 .faint, figcaption, dt { color: var(--faint); }
 .good { color: var(--good); } .bad { color: var(--bad); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem; margin: 1.6rem 0 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.4rem, 1fr)); gap: .8rem; margin: 1.6rem 0 0; }
 .tile { background: var(--tint); border-radius: .5rem; padding: .8rem 1rem; }
 .tile b { display: block; font-size: 1.45rem; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--faint); font-size: .82rem; }
@@ -41,6 +41,7 @@ p { margin: .4rem 0; max-width: 46rem; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .32rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { color: var(--faint); font-weight: 500; }
+table.narrow { width: auto; min-width: 22rem; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tr.sub td { color: var(--faint); border-bottom-style: dotted; } tr.sub td:first-child { padding-left: 1.2rem; }
 figure { margin: 1rem 0 1.4rem; } figcaption { font-size: .85rem; margin-top: .2rem; }
@@ -61,8 +62,8 @@ _DEFINITIONS = {
     "own gaps",
     "cut off": "still running when the tester stopped. Its tokens count in the throughput; a wait that was still open "
     "counts in TTFT or ITL with what it had lasted",
-    "window": "outcomes and latencies are of the requests due in the measured window (shaded in the plots), ITL of the "
-    "gaps that began in it, rates of what happened in it",
+    "window": "TTFT, TPOT and E2EL are of the requests due in the measured window (shaded in the plots), ITL of the "
+    "gaps that began in it, rates of what happened in it, outcomes of the requests that ran in it",
 }
 
 
@@ -101,7 +102,7 @@ def render(report: Report) -> str:
             _figure(plots.capacity_plot(capacity, objectives), caption),
             _steps(capacity),
         ]
-    streams = "" if capacity is None else f", {summary.load.streams} streams"
+    streams = "" if capacity is None else f" at {summary.load.streams} streams"
     caption = "The share of values that were no greater; the dashed line is an objective."
     sections += [
         _section(f"Latencies{streams}", _latencies(summary)),
@@ -144,9 +145,9 @@ def _tiles(summary: Summary, capacity: Capacity | None) -> str:
     latencies = summary.latencies
     tiles = [
         (_number(summary.output_throughput, 0), "tokens/s"),
-        (_number(summary.request_throughput, 2), "completed requests/s"),
-        (f"{_number(latencies['ttft'].p99)} ms", "TTFT p99"),
-        (f"{_number(latencies['itl'].p99)} ms", "ITL p99"),
+        (_number(summary.request_throughput, 2), "requests/s"),
+        (_number(latencies["ttft"].p99), "ms TTFT p99"),
+        (_number(latencies["itl"].p99), "ms ITL p99"),
     ]
     if capacity is not None:
         tiles.insert(0, (str(capacity.streams), "streams held"))
@@ -170,8 +171,7 @@ def _latencies(summary: Summary) -> str:
     statistics = ("mean", "std", "min", *PERCENTILES, "max")
     rows = [
         [title, str(latency.count), *(_number(latency.get(statistic)) for statistic in statistics)]
-        for name, title in LATENCY_TITLES.items()
-        if (latency := summary.latencies[name]).count or name in ("ttft", "itl", "tpot", "e2el")
+        for title, latency in shown_latencies(summary)
     ]
     return _table(["ms", "count", *statistics], rows)
 
@@ -212,7 +212,7 @@ def _outcomes(summary: Summary) -> str:
             f"{summary.doubled} doubled.</p>"
         )
     malformed = f'<p class="bad">{summary.malformed} malformed events.</p>' if summary.malformed else ""
-    return f'<div class="wide"><table>{"".join(rows)}</table></div>{resumed}{malformed}'
+    return f'<div class="wide"><table class="narrow">{"".join(rows)}</table></div>{resumed}{malformed}'
 
 
 def _objectives(summary: Summary) -> str:

@@ -7,8 +7,9 @@ import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ops.loadtest.arrivals import Backoff, poisson, ramp_starts
 from ops.loadtest.client import Client, Departure
@@ -56,6 +57,13 @@ class RunResult:
     interrupted: bool
 
 
+class _Due(NamedTuple):
+    """A request that is to begin."""
+
+    record: Record
+    departure: Departure | None
+
+
 class Run:
     """One load against one endpoint. ``tally`` can be read while it goes on; ``ended`` is told each record."""
 
@@ -74,11 +82,13 @@ class Run:
         self._client = client
         self._prompts = prompts
         self._ended = ended
-        self._rng = random.Random(load.seed)  # noqa: S311  a schedule to be repeated, not a secret
+        # Each its own, so that the schedule and the lots do not depend on what the endpoint does.
+        self._lots = random.Random(load.seed)  # noqa: S311  to be repeated, and no secret
+        self._pauses = random.Random(load.seed)  # noqa: S311  likewise
         self._closing = asyncio.Event()  # nothing new begins
         self._interrupted = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()  # those whose end is the run's
-        self._queue: deque[Record] = deque()  # due in the open loop, and waiting for a place
+        self._queue: deque[_Due] = deque()  # due in the open loop, and waiting for a place
         self._number = 0
         self._in_window = 0  # requests
 
@@ -132,11 +142,13 @@ class Run:
 
     async def _ask_in_turn(self, start_ns: int) -> None:
         """One stream of the closed loop: a question when the answer before it is over."""
-        backoff = Backoff(self._rng)
+        backoff = Backoff(self._pauses)
         await self._pause(start_ns)
         due_ns = start_ns
-        while (record := self._next_record(due_ns)) is not None:
-            await self._ask(record)
+        while (due := self._next_due(due_ns)) is not None:
+            if self._used_up:
+                self._closing.set()  # streams that pause have nothing to wait for
+            record = await self._ask(due)
             due_ns = time.monotonic_ns()
             if record.outcome.failed:
                 due_ns += round(backoff.after_failure(record.retry_after_s) * 1e9)
@@ -156,63 +168,65 @@ class Run:
 
     async def _follow_schedule(self, tasks: asyncio.TaskGroup, rate: float) -> None:
         """Begin each request when it is due, whatever has become of those before it."""
-        async for due_ns in self._due_times(rate):
-            record = self._next_record(due_ns)
-            if record is None:
-                return
-            if len(self._tasks) < self.load.max_streams:
-                self._add(tasks.create_task(self._ask_and_follow(record), name=f"request {record.number}"))
-            else:
-                record.queued = True
-                self._queue.append(record)
-
-    async def _due_times(self, rate: float) -> AsyncIterator[int]:
-        for due_s in poisson(rate, self.load.ramp_s, self._rng):
+        for due_s in poisson(rate, self.load.ramp_s, random.Random(self.load.seed)):  # noqa: S311  likewise
             due_ns = self.tally.window.run_ns + round(due_s * 1e9)
             await self._pause(due_ns)
-            yield due_ns
+            due = self._next_due(due_ns)
+            if due is None:
+                return
+            if len(self._tasks) < self.load.max_streams:
+                self._add(tasks.create_task(self._ask_and_follow(due), name=f"request {due.record.number}"))
+            else:
+                due.record.queued = True
+                self._queue.append(due)
 
-    async def _ask_and_follow(self, record: Record) -> None:
+    async def _ask_and_follow(self, due: _Due) -> None:
         """Ask, and then ask what waits for a place: this one's has come free."""
-        await self._ask(record)
+        await self._ask(due)
         while self._queue and not self._closing.is_set():
             await self._ask(self._queue.popleft())
 
     def _give_up_queue(self) -> None:
         now_ns = time.monotonic_ns()
-        for record in self._queue:
+        for record, _ in self._queue:
             record.end(Outcome.UNSENT, now_ns)
             self.tally.never_began(record)
             self._ended(record)
 
     # ---- both
 
-    def _next_record(self, due_ns: int) -> Record | None:
-        """The next request, or None where none may begin any more."""
+    @property
+    def _used_up(self) -> bool:
+        return self.load.requests is not None and self._in_window >= self.load.requests
+
+    def _next_due(self, due_ns: int) -> _Due | None:
+        """The next request, or None where none may begin any more. It is due that counts: one that the tester comes to
+        late, when the window is over already, is begun all the same, or the tester's own lateness would hide itself."""
         in_window = due_ns in self.tally.window
-        if self._closing.is_set() or due_ns >= self.tally.window.end_ns:
-            return None
-        if in_window and self.load.requests is not None and self._in_window >= self.load.requests:
+        if due_ns >= self.tally.window.end_ns or (in_window and self._used_up):
             return None
         self._in_window += in_window
+        number = self._number
         self._number += 1
-        number = self._number - 1
-        return Record(number=number, intended_ns=due_ns, prompt=number % len(self._prompts))
+        record = Record(number=number, intended_ns=due_ns, prompt=number % len(self._prompts))
+        return _Due(record, self._draw_departure())
 
-    async def _ask(self, record: Record) -> None:
+    async def _ask(self, due: _Due) -> Record:
+        record = due.record
         record.started_ns = time.monotonic_ns()
         self.tally.began(record)
         try:
-            await self._client.ask(self._prompts[record.prompt], record, self.tally, self._draw_departure())
+            await self._client.ask(self._prompts[record.prompt], record, self.tally, due.departure)
         finally:
             if not record.ended_ns:
                 record.end(Outcome.CUT_OFF, time.monotonic_ns())
             self.tally.ended(record)
             self._ended(record)
+        return record
 
     def _draw_departure(self) -> Departure | None:
-        """Whether this request is to be cut on purpose; three draws each time, so that a seed gives one sequence."""
-        lot, after_tokens = self._rng.random(), self._rng.randint(1, self.load.leave_within)
+        """Whether this request is to be cut on purpose; two draws each time, so that a seed gives one sequence."""
+        lot, after_tokens = self._lots.random(), self._lots.randint(1, self.load.leave_within)
         if lot < self.load.abort_rate:
             return Departure(after_tokens, come_back=False)
         if lot < self.load.abort_rate + self.load.reconnect_rate:

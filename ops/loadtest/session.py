@@ -10,7 +10,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ops.loadtest.capacity import Capacity, find_capacity
+from ops.loadtest.capacity import Capacity, counted, find_capacity
 from ops.loadtest.client import Client
 from ops.loadtest.jsonl import RecordLog
 from ops.loadtest.options import Options
@@ -110,7 +110,7 @@ class _Session:
                 self._log.write(record, streams=streams, measured=record.intended_ns in run.tally.window)
 
         run = Run(load, self._client, options.prompts, options.objectives, ended)
-        title = f"{load.streams} streams" if load.rate is None else f"{load.rate:g} requests/s"
+        title = counted(load.streams) if load.rate is None else f"{load.rate:g} requests/s"
         with self._interruption.ending(run):
             async with self._display.showing(run, title):
                 return summarise(await run.run(), options.objectives)

@@ -92,7 +92,7 @@ class Summary:
             "error_rate": finite(self.error_rate),
             "request_throughput": finite(self.request_throughput),
             "output_throughput": finite(self.output_throughput),
-            "request_goodput": self.request_goodput,
+            "request_goodput": None if self.request_goodput is None else finite(self.request_goodput),
             "good": finite(self.good),
             "total_output_tokens": self.total_output_tokens,
             "reasoning_tokens": self.reasoning_tokens,
@@ -139,8 +139,9 @@ def summarise(result: RunResult, objectives: Objectives) -> Summary:
     latencies = {name: histogram.distribution() for name, histogram in histograms.items()}
     failed = sum(count for outcome, count in tally.outcomes.items() if outcome.failed)
     judged = failed + tally.outcomes[Outcome.COMPLETED]
+    tried = judged + tally.outcomes[Outcome.CUT_OFF]
     shares = {
-        "error_rate": failed / judged if judged else math.nan,
+        "error_rate": failed / tried if tried else math.nan,
         "good": tally.good / judged if judged else math.nan,
     }
     return Summary(

@@ -4,7 +4,7 @@ What belongs to the measured window is decided here, and once:
 
     rates and tokens       what happened in the window, whichever request it was of
     TTFT, E2EL, TPOT       requests that were due in the window; E2EL and TPOT of the completed ones
-    outcomes               requests that were due in the window
+    outcomes               requests that ran in the window or waited for their turn in it, from whenever to whenever
     ITL                    gaps that began in the window, of every request
 
 A wait that is still open when the tester gives up (the window and its grace are over, or the request's timeout is)
@@ -72,7 +72,7 @@ class Tally:
         self.start_late = Histogram()  # how late the tester itself was to begin a request that was free to go
         self.outcomes: Counter[Outcome] = Counter()
         self.codes: Counter[tuple[Outcome, int, str]] = Counter()
-        self.good = 0  # of the requests due in the window
+        self.good = 0  # of those whose outcome is counted
         self.tokens = 0  # in the window
         self.prompt_tokens = self.completion_tokens = 0  # as reported, of the requests that ended in the window
         self.completed_in_window = self.good_in_window = 0
@@ -108,7 +108,9 @@ class Tally:
             if record.intended_ns in self.window:
                 self.ttft.add(first_ns)
                 self.ttft_service.add(now_ns - record.started_ns)
-        elif not (record.resumed_at and record.resumed_at[-1] == len(times)):
+        elif record.resumed_at and record.resumed_at[-1] == len(times):
+            return  # what piled up while the tester was away says nothing of the endpoint's pace
+        else:
             gap_ns = now_ns - times[-1]
             moment.itl.add(gap_ns)
             if times[-1] in self.window:
@@ -139,27 +141,27 @@ class Tally:
             self.completion_tokens += record.completion_tokens or 0
         if outcome is Outcome.CUT_OFF or record.code in TIMEOUT_CODES:
             self._count_open_wait(record)
+        if ended_ns >= self.window.begin_ns and record.intended_ns < self.window.end_ns:
+            self.outcomes[outcome] += 1
+            self.good += good
+            if outcome.failed:
+                self.codes[outcome, record.status, record.code] += 1
         if record.intended_ns in self.window:
-            self._count_due(record, good=good)
+            self._count_due(record)
 
     def never_began(self, record: Record) -> None:
         """It was due, and no place came free for it."""
+        self.outcomes[Outcome.UNSENT] += 1
         if record.intended_ns in self.window:
-            self.outcomes[Outcome.UNSENT] += 1
             self.ttft.add(record.ended_ns - record.intended_ns)
 
-    def _count_due(self, record: Record, *, good: bool) -> None:
-        self.outcomes[record.outcome] += 1
-        self.good += good
-        if record.outcome.failed:
-            self.codes[record.outcome, record.status, record.code] += 1
+    def _count_due(self, record: Record) -> None:
         if record.connected_ns and not record.reused:
             self.connect.add(record.connected_ns - record.started_ns)
-        if record.outcome is Outcome.COMPLETED and not record.resumed_at:
-            self.e2el.add(e2el_ns(record) or 0)
-            self.e2el_service.add(e2el_ns(record, service=True) or 0)
-            if (tpot := tpot_ns(record)) is not None:
-                self.tpot.add(round(tpot))
+        if record.outcome is Outcome.COMPLETED:
+            _add(self.e2el, e2el_ns(record))
+            _add(self.e2el_service, e2el_ns(record, service=True))
+            _add(self.tpot, tpot_ns(record))
 
     def _count_open_wait(self, record: Record) -> None:
         if ttft_ns(record) is None:
@@ -174,3 +176,8 @@ class Tally:
         while len(self.moments) <= place:
             self.moments.append(Moment())
         return self.moments[max(place, 0)]
+
+
+def _add(histogram: Histogram, value_ns: float | None) -> None:
+    if value_ns is not None:
+        histogram.add(round(value_ns))

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
 
 from ops.loadtest.capacity import Capacity
-from ops.loadtest.metrics import PERCENTILES
+from ops.loadtest.metrics import PERCENTILES, Distribution
+from ops.loadtest.objectives import LATENCIES
 from ops.loadtest.record import Outcome
 from ops.loadtest.summary import Summary
 
-__all__ = ["LATENCY_TITLES", "open_console", "print_capacity", "print_summary"]
+__all__ = ["open_console", "print_capacity", "print_summary", "shown_latencies"]
 
 _WIDTH = 110  # where there is no terminal that has one
 
-LATENCY_TITLES = {
+_LATENCY_TITLES = {
     "ttft": "TTFT",
     "itl": "ITL",
     "tpot": "TPOT",
@@ -31,6 +33,15 @@ LATENCY_TITLES = {
 def open_console() -> Console:
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=_WIDTH)
+
+
+def shown_latencies(summary: Summary) -> Iterator[tuple[str, Distribution]]:
+    """Those worth a row: the four always, service times where there is a schedule to differ from, others if any."""
+    for name, title in _LATENCY_TITLES.items():
+        latency = summary.latencies[name]
+        service = name.endswith("_service")
+        if name in LATENCIES or (latency.count and (not service or summary.load.rate is not None)):
+            yield title, latency
 
 
 def print_summary(console: Console, summary: Summary) -> None:
@@ -85,7 +96,7 @@ def _rates(summary: Summary) -> Table:
 
 
 def _outcomes(summary: Summary) -> Table:
-    table = Table("outcome", "requests", title="Requests due in the window", title_justify="left", min_width=40)
+    table = Table("outcome", "requests", title="Requests in the window", title_justify="left", min_width=40)
     table.columns[1].justify = "right"
     for outcome in Outcome:
         if (count := summary.outcomes[outcome]) or outcome is Outcome.COMPLETED:
@@ -100,11 +111,9 @@ def _latencies(summary: Summary) -> Table:
     table = Table("ms", "count", "mean", "std", "min", *PERCENTILES, "max", title="Latencies", title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, title in LATENCY_TITLES.items():
-        latency = summary.latencies[name]
-        if latency.count or name in ("ttft", "itl", "tpot", "e2el"):
-            figures = [latency.get(statistic) for statistic in ("mean", "std", "min", *PERCENTILES, "max")]
-            table.add_row(title, str(latency.count), *map(_number, figures))
+    for title, latency in shown_latencies(summary):
+        figures = [latency.get(statistic) for statistic in ("mean", "std", "min", *PERCENTILES, "max")]
+        table.add_row(title, str(latency.count), *map(_number, figures))
     return table
 
 
