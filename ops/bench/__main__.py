@@ -39,7 +39,7 @@ def measure(scenario: Scenario, relays: Sequence[Relay], scale: Scale, rounds: i
     for relay in relays:
         if scenario.streams > relay.most_streams:
             results.missing[relay.name] = f"skipped, it holds no more than {relay.most_streams} streams"
-        elif scenario.direct or relay is not DIRECT:
+        elif relay.key not in scenario.without:
             results.rounds[relay.name] = []
     for _ in range(rounds):
         for relay in relays:
@@ -67,14 +67,11 @@ def show(scenario: Scenario, results: Results) -> str:
     summaries = {name: summary(rounds, scenario.metrics) for name, rounds in results.rounds.items()}
     rows = {f"{name} {scenario.doubts(figures)}".rstrip(): figures for name, figures in summaries.items()}
     first, *others = results.rounds or ("",)
+    divided = [metric.key for metric in scenario.metrics if metric.ratio and not metric.fault]
     ratios = {
-        f"{first} ÷ {other}": {
-            metric.key: ratio(results.rounds[first], results.rounds[other], metric.key)
-            for metric in scenario.metrics
-            if metric.ratio and not metric.fault
-        }
+        f"{first} ÷ {other}": {key: ratio(results.rounds[first], results.rounds[other], key) for key in divided}
         for other in others
-        if other != DIRECT.name
+        if divided and other != DIRECT.name
     }
     lines = [scenario.title, table(scenario.metrics, rows, ratios)]
     lines += (f"{mark} {meaning}" for mark, meaning in DOUBTS.items() if any(mark in name for name in rows))
@@ -86,7 +83,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m ops.bench", description="Measures the relay over loopback (Linux)."
     )
-    parser.add_argument("scenario", nargs="*", help=f"which to run: {', '.join(SCENARIOS)} (default: all)")
+    parser.add_argument(
+        "scenario", nargs="*", help=f"which to run: {', '.join(SCENARIOS)} (default: all; quick: all but s0)"
+    )
     parser.add_argument("--quick", action="store_true", help="one round with shorter windows")
     parser.add_argument("--rounds", type=int, help="rounds of which the median is told (default: 3, quick: 1)")
     parser.add_argument(
@@ -127,7 +126,7 @@ def main() -> int:
         "scale": dataclasses.asdict(scale),
         "scenarios": {},
     }
-    for name in arguments.scenario or SCENARIOS:
+    for name in arguments.scenario or [name for name in SCENARIOS if not arguments.quick or name != "s0"]:
         measured[name] = measure(SCENARIOS[name], relays, scale, rounds, cores)
         print(f"\n{show(SCENARIOS[name], measured[name])}", flush=True)
     told = verdicts({name: results.rounds for name, results in measured.items()})

@@ -20,8 +20,9 @@ Open = Callable[[int, int], AbstractAsyncContextManager[Child | None]]  # the en
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relay:
-    """A server under test, and how its viewers ask."""
+    """A server under test, and how its viewers ask. ``key`` is what it is called on the command line."""
 
+    key: str
     name: str
     open: Open
     ask: Ask
@@ -63,6 +64,7 @@ _SLUICE_SETTINGS = {
 }
 
 SLUICE = Relay(
+    key="sluice",
     name="Sluice",
     open=_python(("run.py",), _SLUICE_SETTINGS),
     ask=ask_relay,
@@ -70,16 +72,19 @@ SLUICE = Relay(
 )
 PLAIN_PATH = replace(
     SLUICE,
+    key="sluice-plain-path",
     name="Sluice, plain path",
     open=_python(("run.py",), _SLUICE_SETTINGS | {"SLUICE_FAST_PATH": "off"}),
 )
 PLAIN = Relay(
+    key="plain",
     name="plain aiohttp",
     open=_python(("-m", "ops.bench.plain_relay"), {}),
     ask=ask_relay,
     ask_once=ask_relay,
 )
 NGINX = Relay(
+    key="nginx",
     name="nginx",
     open=open_nginx,
     ask=ask_endpoint,
@@ -88,6 +93,7 @@ NGINX = Relay(
 )
 # The openai client keeps at most 1000 connections: with more streams some would wait for others to end.
 FASTAPI = Relay(
+    key="fastapi",
     name="FastAPI stack",
     open=open_fastapi,
     ask=ask_relay,
@@ -95,13 +101,6 @@ FASTAPI = Relay(
     missing=build_venv,
     most_streams=900,
 )
-DIRECT = Relay(name="direct", open=_open_nothing, ask=ask_endpoint, ask_once=ask_endpoint)
+DIRECT = Relay(key="direct", name="direct", open=_open_nothing, ask=ask_endpoint, ask_once=ask_endpoint)
 
-RELAYS = {
-    "sluice": SLUICE,
-    "sluice-plain-path": PLAIN_PATH,
-    "plain": PLAIN,
-    "nginx": NGINX,
-    "fastapi": FASTAPI,
-    "direct": DIRECT,
-}
+RELAYS = {relay.key: relay for relay in (SLUICE, PLAIN_PATH, PLAIN, NGINX, FASTAPI, DIRECT)}

@@ -7,8 +7,10 @@
     rate=50        tokens per second; 0 = as fast as they are read
     head_after=1   seconds before the status line
     first_after=1  seconds between the head (and the role-only delta) and the first token
-    phase=0.25     (with a rate) tokens leave when the clock shows that part of a token's interval, the first too; so
-                   streams keep their places among each other, however slowly or together they were opened
+    start=12.5     (with a rate) when the second token leaves, in seconds of CLOCK_MONOTONIC; so many streams are opened
+                   in peace, each with its first token, and flow from one moment on
+    phase=0.25     (with a rate) tokens leave when the clock shows that part of a token's interval; so streams keep
+                   their places among each other, however slowly or together they were opened
     hold=1         stay silent after the last token instead of ending the answer
 
 Each token is a chunk of its own, as most endpoints send it; its text is that of ``ops.bench.tokens``, so a viewer on
@@ -91,6 +93,7 @@ class Behaviour:
     id: int = 0
     head_after: float = 0.0
     first_after: float = 0.0
+    start: float = 0.0
     phase: float | None = None
     hold: bool = False
 
@@ -124,6 +127,7 @@ def _behaviour(prompt: str) -> Behaviour:
         id=int(words.get("id", 0)),
         head_after=float(words.get("head_after", 0)),
         first_after=float(words.get("first_after", 0)),
+        start=float(words.get("start", 0)),
         phase=float(words["phase"]) if "phase" in words else None,
         hold="hold" in words,
     )
@@ -148,6 +152,11 @@ class Pace:
             due = int((now_ns - self.first_ns) * self.rate // 1_000_000_000) + 1 if self.rate else self.total
             self.sent = max(start, min(due, self.total, start + most))
         return range(start, self.sent)
+
+    def wait(self, start_ns: int) -> None:
+        """The first token has been sent: the second is due at ``start_ns``."""
+        self.sent = 1
+        self.first_ns = start_ns - int(1_000_000_000 / self.rate)
 
     def align(self, phase: float) -> None:
         """Put the first token off, by less than an interval, to where the clock shows ``phase`` of one."""
@@ -283,6 +292,9 @@ class _Connection(asyncio.Protocol):
         behaviour = self._behaviour
         self._transport.write(_HEAD + _chunk(_ROLE))
         self._pace = Pace(now_ns + int(behaviour.first_after * 1e9), behaviour.rate, behaviour.tokens)
+        if behaviour.start:
+            self._transport.write(token_chunks(behaviour.id, range(1), now_ns))
+            self._pace.wait(int(behaviour.start * 1e9))
         if behaviour.phase is not None:
             self._pace.align(behaviour.phase)
         self._go_on(now_ns)  # the first token waits for no tick: time to first token is measured against it

@@ -99,6 +99,7 @@ class Record:
     recording: bool = False
     timed: bool = True  # whether lateness and gaps are wanted, which cost Python code for each token
     tokens: int = 0
+    reads: int = 0  # that brought tokens
     answers: int = 0  # that have ended
     bytes: int = 0  # of the events, HTTP's framing taken off
     wrong: int = 0  # tokens of answers that have ended: lost, doubled or misplaced
@@ -154,6 +155,7 @@ class _Reader(asyncio.Protocol):
         if record.recording:
             record.bytes += len(payload)
             record.tokens += count
+            record.reads += count > 0
             if record.timed and count:
                 record.late_us.extend([late_us(stamp, now_ns) for stamp in stamps_in(text)])
                 if self._read_ns:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import AsyncIterator
 
 import uvicorn  # type: ignore[import-not-found,unused-ignore]
-from fastapi import FastAPI  # type: ignore[import-not-found,unused-ignore]
+from fastapi import FastAPI, Request  # type: ignore[import-not-found,unused-ignore]
 from openai import AsyncOpenAI  # type: ignore[import-not-found,unused-ignore]
 from sse_starlette import EventSourceResponse  # type: ignore[import-not-found,unused-ignore]
 
@@ -19,19 +19,21 @@ app = FastAPI()
 client = AsyncOpenAI(base_url=os.environ["LLM_BASE_URL"], api_key="none")
 
 
-async def tokens(question: str) -> AsyncIterator[dict[str, str]]:
+async def tokens(request: Request, question: str) -> AsyncIterator[dict[str, str]]:
     stream = await client.chat.completions.create(
         model="bench", messages=[{"role": "user", "content": question}], stream=True
     )
     async for chunk in stream:
+        if await request.is_disconnected():  # sse-starlette's README: "always check in loops"
+            break
         if chunk.choices and (token := chunk.choices[0].delta.content):
             yield {"data": json.dumps({"token": token})}
     yield {"data": "[DONE]"}
 
 
 @app.get("/api/stream")  # type: ignore[untyped-decorator,unused-ignore]
-async def stream(q: str) -> EventSourceResponse:
-    return EventSourceResponse(tokens(q))
+async def stream(request: Request, q: str) -> EventSourceResponse:
+    return EventSourceResponse(tokens(request, q))
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Final
 
 from ops.bench.scenarios.first_token import TTFT
-from ops.bench.scenarios.flow import S1, S2, STARVE
+from ops.bench.scenarios.flow import S0, S1, S2, STARVE
 from ops.bench.scenarios.leave import LEAVE
 from ops.bench.scenarios.loop import REQ, S3
 from ops.bench.scenarios.memory import KEPT, MEMORY
@@ -21,6 +21,7 @@ from ops.bench.scenarios.scenario import DOUBTS, FULL, QUICK, Scale, Scenario
 __all__ = ["DOUBTS", "FULL", "QUICK", "SCENARIOS", "Scale", "Scenario"]
 
 SCENARIOS: Final = {
+    "s0": S0,
     "s1": S1,
     "s2": S2,
     "s3": S3,

@@ -60,5 +60,5 @@ TTFT = Scenario(
         *TRUST,
     ),
     measure_ttft,
-    direct=False,
+    without=("direct",),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 from ops.bench.figures import Figures, Metric, percentile
@@ -10,9 +11,9 @@ from ops.bench.rig import Rig
 from ops.bench.scenarios.scenario import TRUST, WRONG, Scale, Scenario
 from ops.bench.viewers import Record, Viewer, ViewerFailed, open_viewers
 
-__all__ = ["S1", "S2", "STARVE", "flow"]
+__all__ = ["S0", "S1", "S2", "STARVE", "flow"]
 
-_OPENING_S = 10.0  # the first streams must outlast the opening of the last
+_OPENED_PER_S = 400  # streams, or a little less than an ordinary relay can open
 _GREEDY_RATE = 200_000  # tokens per second of one stream, about what a whole core can relay
 
 
@@ -21,6 +22,10 @@ async def flow(rig: Rig, scale: Scale, *, streams: int, rate: float) -> Figures:
     record = Record()
     viewers = await _open(rig, scale, streams, rate, record)
     return await _watch(rig, scale, viewers, (record,)) | _told(record, streams * rate * scale.window_s)
+
+
+async def _run_s0(rig: Rig, scale: Scale) -> Figures:
+    return await flow(rig, scale, streams=scale.s1_streams, rate=5)
 
 
 async def _run_s1(rig: Rig, scale: Scale) -> Figures:
@@ -36,7 +41,7 @@ async def _run_starve(rig: Rig, scale: Scale) -> Figures:
     rate, record, greedy = 50, Record(), Record(timed=False)
     viewers = await _open(rig, scale, scale.s1_streams, rate, record)
     tokens = int((2 + scale.ramp_s + scale.window_s) * _GREEDY_RATE)
-    stream = scale.s1_streams + 1
+    stream = scale.s1_streams
     viewers += await open_viewers(
         rig.port, rig.ask, [(stream, f"id={stream} tokens={tokens} rate={_GREEDY_RATE}")], greedy
     )
@@ -46,12 +51,15 @@ async def _run_starve(rig: Rig, scale: Scale) -> Figures:
 
 
 async def _open(rig: Rig, scale: Scale, streams: int, rate: float, record: Record) -> list[Viewer]:
-    tokens = int((_OPENING_S + scale.ramp_s + scale.window_s) * rate)
+    opening_s = 0.5 + streams / _OPENED_PER_S
+    start = time.monotonic() + opening_s
+    tokens = int((opening_s + scale.ramp_s + scale.window_s) * rate)
+    words = f"tokens={tokens} rate={rate} start={start:.3f}"
     # Evenly spread over a token's interval: streams in step would be read together, and look cheaper than they are.
-    prompts = [
-        (stream, f"id={stream} tokens={tokens} rate={rate} phase={stream * 0.618 % 1:.3f}") for stream in range(streams)
-    ]
-    return await open_viewers(rig.port, rig.ask, prompts, record)
+    prompts = [(stream, f"id={stream} {words} phase={stream * 0.618 % 1:.3f}") for stream in range(streams)]
+    viewers = await open_viewers(rig.port, rig.ask, prompts, record)
+    await asyncio.sleep(start - time.monotonic())
+    return viewers
 
 
 async def _watch(rig: Rig, scale: Scale, viewers: Sequence[Viewer], records: Sequence[Record]) -> Figures:
@@ -78,6 +86,7 @@ async def _watch(rig: Rig, scale: Scale, viewers: Sequence[Viewer], records: Seq
 def _told(record: Record, nominal_tokens: float) -> Figures:
     return {
         "bytes_per_token": record.bytes / record.tokens if record.tokens else float("nan"),
+        "tokens_per_read": record.tokens / record.reads if record.reads else float("nan"),
         "late_p50_ms": percentile(record.late_us, 0.5) / 1e3,
         "late_p99_ms": percentile(record.late_us, 0.99) / 1e3,
         "gap_p99_ms": percentile(record.gap_us, 0.99) / 1e3,
@@ -95,11 +104,18 @@ _LATE = (
 _METRICS = (
     Metric("us_per_token", "µs/token", 1),
     Metric("bytes_per_token", "bytes/token", 0, ratio=False),
+    Metric("tokens_per_read", "tokens/read", 2, ratio=False),
     *_LATE,
     WRONG,
     *TRUST,
 )
 
+S0 = Scenario(
+    "s0: 200 streams at 5 tokens/s, which leaves every core half idle: what a token costs a server that keeps up",
+    _METRICS,
+    _run_s0,
+    paced=True,
+)
 S1 = Scenario(
     "s1: 200 streams at 50 tokens/s (late: from the endpoint's write to the viewer's read)",
     _METRICS,
@@ -111,4 +127,5 @@ STARVE = Scenario(
     "starve: one stream at 200,000 tokens/s beside 200 ordinary ones at 50 (late: the ordinary ones)",
     (Metric("greedy_tokens_per_s", "greedy tokens/s", 0, ratio=False), *_LATE, WRONG, *TRUST),
     _run_starve,
+    without=("fastapi", "direct"),  # it does not get far enough with the ordinary ones
 )

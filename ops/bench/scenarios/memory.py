@@ -89,7 +89,7 @@ MEMORY = Scenario(
         *TRUST,
     ),
     measure_memory,
-    direct=False,
+    without=("direct",),
 )
 KEPT = Scenario(
     "kept: answers that have ended and can still be replayed, the server's processes",
@@ -102,5 +102,5 @@ KEPT = Scenario(
         *TRUST,
     ),
     measure_kept,
-    direct=False,
+    without=("plain", "nginx", "fastapi", "direct"),  # they keep none
 )

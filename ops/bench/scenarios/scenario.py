@@ -28,20 +28,20 @@ class Scale:
 
 
 FULL = Scale()
-QUICK = Scale(ramp_s=0.5, window_s=2.0, ttft_requests=60, memory_streams=1500, kept_answers=300)
+QUICK = Scale(ramp_s=0.4, window_s=1.6, ttft_requests=60, memory_streams=1000, kept_answers=200)
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """``paced``: the load does not depend on the server, so a server whose core is full falls behind.
 
-    ``direct``: whether a run without a server tells anything. ``streams``: how many a relay must be able to hold."""
+    ``without``: relays of which it would tell nothing. ``streams``: how many a relay must be able to hold."""
 
     title: str
     metrics: tuple[Metric, ...]
     run: Callable[[Rig, Scale], Awaitable[Figures]]
     paced: bool = False
-    direct: bool = True
+    without: tuple[str, ...] = ()
     streams: int = 0
 
     def doubts(self, figures: Figures) -> str:
