@@ -10,9 +10,10 @@ import aiohttp_cors
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from server.api import direct_write
 from server.api.admin import add_admin_routes
 from server.api.browser import ask, create_stream, stop_stream, view_stream
-from server.api.keys import BUCKETS, CONNECTIONS, DESK, LLM_TOKENS, REQUEST_ID, SENT_STATUS, SETTINGS
+from server.api.keys import BUCKETS, CONNECTIONS, DESK, FAST_PATH, LLM_TOKENS, REQUEST_ID, SENT_STATUS, SETTINGS
 from server.api.middleware.client_address import find_client
 from server.api.middleware.errors import answer_errors
 from server.api.middleware.head import bound_head
@@ -33,18 +34,27 @@ from server.errors import MethodNotAllowed, NotFound
 from server.relay.admission import TokenBuckets
 from server.relay.desk import Desk
 from server.settings import Settings
+from server.upstream import direct
 from server.upstream.client import Endpoint, UpstreamClient
 from server.upstream.route import UpstreamRoute
 
-__all__ = ["create_admin_app", "create_app"]
+__all__ = ["create_admin_app", "create_app", "fast_path_works"]
 
 _PUBLIC: Final = Path(__file__).resolve().parent.parent / "public"
 _MAX_BODY: Final = 1 << 20  # bytes of a request's body
 _PREFLIGHT_MAX_AGE: Final = 600  # s
 
 
-def create_app(settings: Settings, connections: Connections, *, demo: bool = False) -> web.Application:
-    """The public application. ``demo`` says that the endpoint is the embedded demo model, for the page to tell."""
+async def fast_path_works() -> bool:
+    """Whether aiohttp, as it is installed, lets bytes take the short way on both sides."""
+    return await direct.works() and await direct_write.works()
+
+
+def create_app(
+    settings: Settings, connections: Connections, *, fast_path: bool = False, demo: bool = False
+) -> web.Application:
+    """The public application. ``demo`` says that the endpoint is the embedded demo model, for the page to tell;
+    ``fast_path`` that bytes take the short way, which has been seen to work."""
     app = web.Application(
         # Outermost first. The log sees every outcome, errors become answers inside it, and nothing is spent before the
         # origin is known to be welcome.
@@ -53,6 +63,7 @@ def create_app(settings: Settings, connections: Connections, *, demo: bool = Fal
     )
     app[SETTINGS] = settings
     app[CONNECTIONS] = connections
+    app[FAST_PATH] = fast_path
     if settings.rate_limit is not None:
         app[BUCKETS] = TokenBuckets(settings.rate_limit)
     if settings.token_limit is not None:
@@ -75,7 +86,7 @@ def create_admin_app(desk: Desk) -> web.Application:
 async def _open_relay(app: web.Application) -> AsyncIterator[None]:
     """The upstream client and, inside it, the desk: answers are stopped before the session that they use closes."""
     settings = app[SETTINGS]
-    async with UpstreamClient(connect_timeout=settings.connect_timeout) as client:
+    async with UpstreamClient(connect_timeout=settings.connect_timeout, direct=app[FAST_PATH]) as client:
         route = UpstreamRoute(
             client,
             Endpoint(settings.llm_base_url, settings.llm_model, settings.llm_api_key),

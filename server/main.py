@@ -14,10 +14,11 @@ from collections.abc import AsyncIterator, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import uvloop
 from aiohttp import web, web_response
 
 from server.api.keys import DESK
-from server.app import create_admin_app, create_app
+from server.app import create_admin_app, create_app, fast_path_works
 from server.connections import Connections
 from server.demo.model import DEMO_MODEL_NAME, demo_model
 from server.logs import log_event, logging_to
@@ -26,7 +27,7 @@ from server.settings import Settings
 from server.sockets import CannotListen, bind_admin, public_listener, url_of
 from server.systemd import Notifier
 
-__all__ = ["Serving", "open_server", "run"]
+__all__ = ["Serving", "open_server", "run", "takes_fast_path"]
 
 _ROOT: Final = Path(__file__).resolve().parent.parent
 _ACCEPTED_AT_ONCE: Final = 4  # connections, before the first of them can be refused
@@ -48,10 +49,16 @@ def run(settings: Settings, environment: Mapping[str, str]) -> int:
     """Serve until a signal; returns the exit status: 0, or 1 where an address could not be had."""
     with logging_to(sys.stderr, form=settings.log_format, level=settings.log_level):
         try:
-            return asyncio.run(_serve(settings, environment))
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                return runner.run(_serve(settings, environment))
         except CannotListen as exc:
             log_event(_log, logging.ERROR, "cannot_listen", reason=str(exc))
             return 1
+
+
+async def takes_fast_path(settings: Settings) -> bool:
+    """Whether bytes take the short way through aiohttp: as the settings allow, and where it works."""
+    return settings.fast_path == "auto" and await fast_path_works()
 
 
 async def _serve(settings: Settings, environment: Mapping[str, str]) -> int:
@@ -77,7 +84,13 @@ async def _serve(settings: Settings, environment: Mapping[str, str]) -> int:
         async with notifier.watchdog():
             admin_url = None if admin_listener is None else url_of(admin_listener)
             log_event(
-                _log, logging.INFO, "listening", url=url_of(listener), admin_url=admin_url, model=settings.llm_model
+                _log,
+                logging.INFO,
+                "listening",
+                url=url_of(listener),
+                admin_url=admin_url,
+                model=settings.llm_model,
+                fast_path=serving.fast_path,
             )
             notifier.ready()
             await signals.first.wait()
@@ -100,7 +113,9 @@ async def open_server(
     loop = asyncio.get_running_loop()
     async with contextlib.AsyncExitStack() as stack:
         connections = await stack.enter_async_context(Connections(most=max_connections))
-        public = await stack.enter_async_context(_running(create_app(settings, connections, demo=demo), settings))
+        fast_path = await takes_fast_path(settings)
+        app = create_app(settings, connections, fast_path=fast_path, demo=demo)
+        public = await stack.enter_async_context(_running(app, settings))
         desk = public.app[DESK]
         if admin_listener is not None:
             # Entered later and so left earlier, but kept open while the drain goes on: /readyz must tell of it.
@@ -113,14 +128,15 @@ async def open_server(
             connections.factory(_server_of(public)), sock=listener, backlog=_ACCEPTED_AT_ONCE
         )
         stack.callback(server.close)
-        yield Serving(desk, server, connections)
+        yield Serving(desk, server, connections, fast_path=fast_path)
 
 
 class Serving:
     """A server that is open."""
 
-    def __init__(self, desk: Desk, server: asyncio.Server, connections: Connections) -> None:
+    def __init__(self, desk: Desk, server: asyncio.Server, connections: Connections, *, fast_path: bool) -> None:
         self.desk = desk
+        self.fast_path = fast_path  # whether bytes take the short way
         self._server = server
         self._connections = connections
 

@@ -12,6 +12,8 @@ from typing import Final
 from aiohttp import web
 from multidict import CIMultiDict
 
+from server.api.direct_write import DirectWriter, HeadWithFirstEvent
+from server.api.keys import FAST_PATH
 from server.relay.desk import Desk, Stream
 
 __all__ = ["show", "show_events"]
@@ -30,12 +32,17 @@ _RST_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # struct linger: on, for 0 s (so
 
 async def show(request: web.Request, desk: Desk, stream: Stream, *, after: int | None = None) -> web.StreamResponse:
     """Stream the answer to the client until its end, or until the client leaves; from behind event ``after`` on."""
-    response = _event_stream(request)
+    direct = request.app[FAST_PATH] and request.version >= (1, 1)
+    response = _event_stream(request, HeadWithFirstEvent if direct else web.StreamResponse)
     connection = _ResponseConnection(request, response)
     with desk.viewing(stream, connection, after=after, may_return=_can_resume(request)) as viewer:
         try:
             # 200 goes out before the upstream has answered: a slow first token is no failure.
-            await response.prepare(request)
+            writer = await response.prepare(request)
+            if direct and writer is not None:
+                connection.write_directly()
+                if viewer.level:  # nothing that the head could go out with
+                    writer.send_headers()
             await viewer.follow()
         except ConnectionError:
             # The client has gone, perhaps with bytes untaken: without abort the transport would hold them for as long
@@ -46,7 +53,7 @@ async def show(request: web.Request, desk: Desk, stream: Stream, *, after: int |
 
 async def show_events(request: web.Request, events: bytes) -> web.StreamResponse:
     """A stream of which all is known: ``events``, and its end."""
-    response = _event_stream(request)
+    response = _event_stream(request, web.StreamResponse)
     with contextlib.suppress(ConnectionError):  # the client has gone
         await response.prepare(request)
         await response.write(events)
@@ -54,8 +61,8 @@ async def show_events(request: web.Request, events: bytes) -> web.StreamResponse
     return response
 
 
-def _event_stream(request: web.Request) -> web.StreamResponse:
-    response = web.StreamResponse(headers=_HEADERS)
+def _event_stream(request: web.Request, kind: type[web.StreamResponse]) -> web.StreamResponse:
+    response = kind(headers=_HEADERS)
     if request.version >= (1, 1):
         response.headers["Connection"] = "keep-alive"
     else:
@@ -76,12 +83,21 @@ class _ResponseConnection:
     def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
         self._request = request
         self._response = response
+        self._direct: DirectWriter | None = None
+
+    def write_directly(self) -> None:
+        """Take the short way where there is no need to wait; the response has begun."""
+        if self._request.transport is not None:
+            self._direct = DirectWriter(self._request.protocol, self._request.transport)
 
     async def write(self, data: bytes) -> None:
         await self._response.write(data)
 
-    async def finish(self) -> None:
-        await self._response.write_eof()
+    def write_now(self, data: bytes) -> bool:
+        return self._direct is not None and self._direct.write(data)
+
+    async def finish(self, data: bytes) -> None:
+        await self._response.write_eof(data)
 
     def untaken_bytes(self) -> int:
         transport = self._request.transport

@@ -17,6 +17,7 @@ __all__ = [
     "CLIENT",
     "CONNECTIONS",
     "DESK",
+    "FAST_PATH",
     "LLM_TOKENS",
     "REQUEST_ID",
     "SENT_STATUS",
@@ -28,6 +29,8 @@ CONNECTIONS: Final = web.AppKey("connections", Connections)
 DESK: Final = web.AppKey("desk", Desk)
 BUCKETS: Final = web.AppKey("buckets", TokenBuckets)  # of requests; absent where the limit is off
 LLM_TOKENS: Final = web.AppKey("llm_tokens", TokenBuckets)  # of generated tokens; likewise
+
+FAST_PATH: Final = web.AppKey("fast_path", bool)  # whether events take the short way to their viewers
 
 REQUEST_ID: Final = web.RequestKey("request_id", str)
 CLIENT: Final = web.RequestKey("client", str)  # whom limits count for

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from server.errors import (
@@ -23,7 +23,7 @@ from server.relay.admission import Reservation
 from server.relay.life import Life, Outcome
 from server.relay.log import LogFull, ReplayLog
 from server.wire.chat import ChatRequest
-from server.wire.chunks import Chunk, DeltaKind, Usage
+from server.wire.chunks import Chunk, ChunkSink, Delta, DeltaKind, Usage
 from server.wire.events import EventEncoder
 
 __all__ = ["Answer", "AnswerLimits", "Source"]
@@ -40,10 +40,8 @@ class Source(Protocol):
     def model(self) -> str:
         """The model that is asked."""
 
-    async def relay(
-        self, request: ChatRequest, sink: Callable[[list[Chunk]], None], done: Callable[[], None], /
-    ) -> None:
-        """Hand the chunks to ``sink`` and call ``done`` at the end. Raises UpstreamFailed."""
+    async def relay(self, request: ChatRequest, sink: ChunkSink, /) -> None:
+        """Hand the chunks to ``sink``, the last ones as its end. Raises UpstreamFailed."""
 
 
 class AnswerLimits(Protocol):
@@ -99,7 +97,7 @@ class Answer:
         self._finish_reason: str | None = None
         self._usage = Usage(None, None)
         self._task: asyncio.Task[None] | None = None
-        self.log.append(self._encoder.start(0, self.model))
+        self.log.extend([self._encoder.start(0, self.model)])
 
     @property
     def generated(self) -> int:
@@ -127,7 +125,7 @@ class Answer:
         """Relay the answer to its end. Raises nothing but CancelledError."""
         try:
             async with asyncio.timeout(self._limits.stream_timeout) as whole:
-                await self._source.relay(self.request, self._take, self._complete)
+                await self._source.relay(self.request, self)
         except asyncio.CancelledError:
             self._fail(Interrupted())
             raise
@@ -143,12 +141,39 @@ class Answer:
         finally:
             self._fail(InternalError())  # where the source returned, and said neither how it ended nor why not
 
-    # ---- What comes from the source
+    # ---- What comes from the source: the answer is the ChunkSink
 
-    def _take(self, chunks: list[Chunk]) -> None:
-        """Append a batch's events and tell the viewers once. The hot path."""
+    def take_texts(self, texts: Sequence[bytes]) -> None:
+        """Append a batch of tokens and tell the viewers once. The hot path."""
         if not self.life.running:
             return
+        count = len(texts)
+        if self._deltas + count <= self._budget and self.said is None:
+            try:
+                self.log.extend(self._encoder.tokens(self.log.next_number, texts))
+            except LogFull:
+                pass  # those that still fit are appended below, one by one
+            else:
+                self._deltas += count
+                self.tokens += count
+                return
+        self.take([Chunk((Delta(DeltaKind.CONTENT, text.decode()),)) for text in texts])
+
+    def take(self, chunks: Sequence[Chunk]) -> None:
+        """Append a batch's events and tell the viewers once."""
+        if self.life.running:
+            try:
+                self._append(chunks)
+            finally:
+                self.log.publish()
+
+    def end(self, chunks: Sequence[Chunk]) -> None:
+        """Append the last events; the answer is complete."""
+        if self.life.running:
+            self._append(chunks)
+            self._complete()
+
+    def _append(self, chunks: Sequence[Chunk]) -> None:
         log = self.log
         try:
             for chunk in chunks:
@@ -173,8 +198,6 @@ class Answer:
                     self.model = chunk.model
         except LogFull:
             raise AnswerTooLarge from None
-        finally:
-            log.publish()
 
     def _extend_budget(self) -> None:
         """Some endpoints say more than they were asked for, or one token in several deltas: no reason to cut the answer

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import accumulate, islice
 from typing import Protocol
 
-__all__ = ["EventLog", "LogFull", "ReplayLog"]
+__all__ = ["EventLog", "Listener", "LogFull", "ReplayLog"]
+
+Listener = Callable[[bytes, int], None]  # what is new, and the log's size with it
 
 
 class EventLog(Protocol):
@@ -30,10 +33,11 @@ class EventLog(Protocol):
     def read(self, offset: int, limit: int) -> bytes:
         """At most ``limit`` bytes from ``offset`` on; empty for one who is level with the log."""
 
-    def subscribe(self, listener: Callable[[], None]) -> None:
-        """Call ``listener`` whenever there is more, or the end. It must not (un)subscribe anyone, nor wait."""
+    def subscribe(self, listener: Listener) -> None:
+        """Call ``listener`` whenever there is more, or the end, with the bytes that are new (some of which it may have
+        read already). It must not (un)subscribe anyone, nor wait, nor raise."""
 
-    def unsubscribe(self, listener: Callable[[], None]) -> None: ...
+    def unsubscribe(self, listener: Listener) -> None: ...
 
 
 class LogFull(Exception):
@@ -47,13 +51,14 @@ class ReplayLog:
     a slice. A viewer that is level with the log is told of more by its callback (:meth:`subscribe`).
     """
 
-    __slots__ = ("_bytes", "_ends", "_listeners", "_max_bytes", "ended")
+    __slots__ = ("_bytes", "_ends", "_listeners", "_max_bytes", "_told", "ended")
 
     def __init__(self, *, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = bytearray()
         self._ends = array("I")  # offset behind event N, at place N; 32 bits, as the bound of an answer is 1 GiB
-        self._listeners: set[Callable[[], None]] = set()
+        self._told = 0  # bytes that the listeners have been told of
+        self._listeners: set[Listener] = set()
         self.ended = False
 
     @property
@@ -77,9 +82,39 @@ class ReplayLog:
         self._ends.append(len(self._bytes))
 
     def publish(self) -> None:
-        """Tell the viewers of everything appended since they last looked: once a batch, however many events it has."""
+        """Tell the viewers of everything appended since they were told last: once a batch, however many events it
+        has."""
+        if self._listeners:
+            self._tell(bytes(self._bytes[self._told :]))
+        else:
+            self._told = len(self._bytes)
+
+    def extend(self, events: Sequence[bytes]) -> None:
+        """Add a batch of events and tell the viewers; as :meth:`append` of each and :meth:`publish`, at less cost.
+
+        Raises LogFull if not all of them fit, with none appended. The hot path.
+        """
+        held = len(self._bytes)
+        if len(events) == 1:
+            batch = events[0]
+            if held + len(batch) > self._max_bytes:
+                raise LogFull
+            self._ends.append(held + len(batch))
+        else:
+            batch = b"".join(events)
+            if held + len(batch) > self._max_bytes:
+                raise LogFull
+            self._ends.extend(islice(accumulate(map(len, events), initial=held), 1, None))
+        self._bytes += batch
+        if self._told == held:
+            self._tell(batch)
+        else:
+            self.publish()
+
+    def _tell(self, batch: bytes) -> None:
+        self._told = size = len(self._bytes)
         for listener in self._listeners:
-            listener()
+            listener(batch, size)
 
     def end(self, last: Sequence[bytes] = ()) -> None:
         """Add the events that end the answer, bound or no bound, and tell the viewers."""
@@ -95,8 +130,8 @@ class ReplayLog:
     def read(self, offset: int, limit: int) -> bytes:
         return bytes(self._bytes[offset : offset + limit])
 
-    def subscribe(self, listener: Callable[[], None]) -> None:
+    def subscribe(self, listener: Listener) -> None:
         self._listeners.add(listener)
 
-    def unsubscribe(self, listener: Callable[[], None]) -> None:
+    def unsubscribe(self, listener: Listener) -> None:
         self._listeners.discard(listener)

@@ -23,8 +23,11 @@ class Connection(Protocol):
     async def write(self, data: bytes) -> None:
         """Send ``data``; waits while the client lags too far. Raises ConnectionError once the client is gone."""
 
-    async def finish(self) -> None:
-        """End the response and wait as :meth:`write` does."""
+    def write_now(self, data: bytes) -> bool:
+        """Send ``data`` without a wait; false, and nothing is sent, where only :meth:`write` can."""
+
+    async def finish(self, data: bytes) -> None:
+        """Send the last ``data``, end the response, and wait as :meth:`write` does."""
 
     def untaken_bytes(self) -> int:
         """Bytes sent that the client's side has not acknowledged, in our buffers and the kernel's."""
@@ -39,9 +42,31 @@ class Connection(Protocol):
 class Viewer:
     """Reads ``log`` from ``offset`` on and writes it to ``connection``.
 
-    ``heartbeat`` (s): a ping goes out after so long without an event. ``write_timeout`` (s): how long the client may
-    take nothing at all while bytes wait for it. One coarse timer serves both; a token costs no timer.
+    A viewer that is level with the log is written to in the moment in which a batch comes, with no switch to its task;
+    one that lags reads the log at its own pace. ``heartbeat`` (s): a ping goes out after so long without an event.
+    ``write_timeout`` (s): how long the client may take nothing at all while bytes wait for it. One coarse timer serves
+    both; a token costs no timer.
     """
+
+    __slots__ = (
+        "_check_every",
+        "_connection",
+        "_heartbeat",
+        "_log",
+        "_loop",
+        "_offset",
+        "_retry_ms",
+        "_sent_at",
+        "_sent_bytes",
+        "_taken_at",
+        "_taken_bytes",
+        "_timer",
+        "_turn",
+        "_waits",
+        "_write_timeout",
+        "finished",
+        "stalled",
+    )
 
     def __init__(
         self, log: EventLog, connection: Connection, *, heartbeat: float, write_timeout: float, offset: int = 0
@@ -53,7 +78,8 @@ class Viewer:
         self._write_timeout = write_timeout
         self._check_every = min(heartbeat, write_timeout / _CHECKS_PER_WRITE_TIMEOUT)
         self._offset = offset
-        self._more = asyncio.Event()
+        self._waits = False  # it has been sent all that the log has, and its task waits
+        self._turn: asyncio.Future[None] | None = None  # what the task waits for
         self._sent_bytes = 0
         self._sent_at = self._loop.time()  # when the last event or ping was sent
         self._taken_bytes = 0  # of those sent, as of the last check
@@ -62,55 +88,89 @@ class Viewer:
         self.stalled = False  # the client took nothing for the whole write timeout, and its connection was aborted
         self.finished = False  # the client has been sent everything, and the response its end
 
+    @property
+    def level(self) -> bool:
+        """Whether it has been sent all that the log has."""
+        return self._offset == self._log.size and not self._log.ended
+
     def tell_retry(self, milliseconds: int) -> None:
         """Let the client wait so long before it comes back, should its connection end before the answer does."""
         self._retry_ms = milliseconds
-        self._more.set()
+        self._wake()
 
     async def follow(self) -> None:
         """Write until the answer's last event is out and the response has its end.
 
         Raises ConnectionError when the client has gone, or was found to be (``stalled``).
         """
-        self._log.subscribe(self._more.set)
+        self._log.subscribe(self._take)
         self._timer = self._loop.call_later(self._check_every, self._check)
         try:
             await self._follow()
         finally:
             self._timer.cancel()
-            self._log.unsubscribe(self._more.set)
+            self._log.unsubscribe(self._take)
 
     async def _follow(self) -> None:
+        log = self._log
         while True:
-            self._more.clear()
-            if data := self._log.read(self._offset, _WRITE_BYTES):
-                self._offset += len(data)
-                await self._write(data)
-            elif self._log.ended:
-                await self._connection.finish()
+            data = log.read(self._offset, _WRITE_BYTES)
+            self._offset += len(data)
+            if log.ended and self._offset == log.size:
+                self._note_sent(data)
+                await self._connection.finish(data)
                 self.finished = True
                 return
+            if data:
+                await self._write(data)
             elif self._retry_ms is not None:
                 retry_ms, self._retry_ms = self._retry_ms, None
                 await self._write(ping(retry_ms))
             elif self._loop.time() >= self._sent_at + self._heartbeat:  # as the timer reckons, to the last bit
                 await self._write(PING)
             else:
-                await self._more.wait()
+                self._turn = self._loop.create_future()
+                self._waits = True
+                try:
+                    await self._turn
+                finally:
+                    self._waits = False
+                    self._turn = None
+
+    def _take(self, batch: bytes, size: int) -> None:
+        """The log has more. The hot path."""
+        if not self._waits:
+            return  # its task is at work, and finds it in the log
+        if self._offset + len(batch) == size and not self._log.ended and self._connection.write_now(batch):
+            self._offset = size
+            self._sent_bytes += len(batch)
+            self._sent_at = self._loop.time()
+        else:
+            self._wake()
+
+    def _wake(self) -> None:
+        self._waits = False
+        if self._turn is not None and not self._turn.done():
+            self._turn.set_result(None)
 
     async def _write(self, data: bytes) -> None:
-        self._sent_at = self._loop.time()
-        self._sent_bytes += len(data)
+        self._note_sent(data)
         await self._connection.write(data)
+
+    def _note_sent(self, data: bytes) -> None:
+        self._sent_bytes += len(data)
+        self._sent_at = self._loop.time()
 
     def _check(self) -> None:
         """The coarse timer: wakes the writer for a ping, and aborts a connection whose reader takes nothing."""
         now = self._loop.time()
-        untaken = self._connection.untaken_bytes()
-        taken = self._sent_bytes - untaken
-        if untaken == 0 or taken > self._taken_bytes:
+        if self._taken_bytes < self._sent_bytes:  # else there is nothing to be asked of the kernel
+            taken = self._sent_bytes - self._connection.untaken_bytes()
+            if taken > self._taken_bytes:
+                self._taken_at = now
+            self._taken_bytes = taken
+        if self._taken_bytes >= self._sent_bytes:
             self._taken_at = now
-        self._taken_bytes = taken
         if now - self._taken_at >= self._write_timeout:
             self.stalled = True
             self._connection.reset()  # it had its time to take what the kernel holds
@@ -118,7 +178,7 @@ class Viewer:
         next_check = min(now + self._check_every, self._taken_at + self._write_timeout)
         ping_due_at = self._sent_at + self._heartbeat
         if now >= ping_due_at:
-            self._more.set()
+            self._wake()
         else:
             next_check = min(next_check, ping_due_at)
         self._timer = self._loop.call_at(next_check, self._check)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from server.errors import UpstreamTimeout
 from server.logs import log_event
-from server.upstream.client import AttemptFailed, ChunkSink, Endpoint, UpstreamClient
+from server.upstream.attempt import AttemptFailed
+from server.upstream.client import Endpoint, UpstreamClient
 from server.upstream.silence import SilenceDeadline
 from server.wire.chat import ChatRequest, encode_chat_request
-from server.wire.chunks import Chunk
+from server.wire.chunks import Chunk, ChunkSink
 
 __all__ = ["UpstreamRoute", "backoff"]
 
@@ -58,14 +59,14 @@ class UpstreamRoute:
         """The model that is asked first."""
         return self._endpoint.model
 
-    async def relay(self, request: ChatRequest, sink: ChunkSink, done: Callable[[], None]) -> None:
-        """Hand the answer's chunks to ``sink`` as they come and call ``done`` once, when it is complete.
+    async def relay(self, request: ChatRequest, sink: ChunkSink) -> None:
+        """Hand the answer's chunks to ``sink`` as they come, and end it once, when it is complete.
 
-        ``done`` comes before the connection is tidied up, so no viewer waits for that. Raises UpstreamFailed where
+        The end comes before the connection is tidied up, so no viewer waits for that. Raises UpstreamFailed where
         there is no complete answer. Cancelling it closes the request to the endpoint.
         """
         silence = SilenceDeadline(first=self._first_token_timeout, idle=self._idle_timeout)
-        progress = _Progress(sink, done, silence)
+        progress = _Progress(sink, silence)
         try:
             async with silence:
                 await self._ask(encode_chat_request(request, self._endpoint.model), progress, silence)
@@ -73,7 +74,7 @@ class UpstreamRoute:
             if not silence.expired:
                 raise
             if progress.finished:  # all was said, but for the [DONE] that never came
-                progress.end()
+                progress.end(())
             elif not progress.ended:
                 raise UpstreamTimeout from exc
 
@@ -84,7 +85,7 @@ class UpstreamRoute:
         while True:
             progress.begin_try()
             try:
-                await self._client.ask(self._endpoint, body, progress.take, progress.end)
+                await self._client.ask(self._endpoint, body, progress)
             except AttemptFailed as failed:
                 if failed.stale and not stale:
                     # The endpoint closed an idle connection just as it was used again: it has not seen the request,
@@ -120,9 +121,8 @@ class _Progress:
     or the end: a try that comes to nothing must leave no trace in the answer of the next one.
     """
 
-    def __init__(self, sink: ChunkSink, done: Callable[[], None], silence: SilenceDeadline) -> None:
+    def __init__(self, sink: ChunkSink, silence: SilenceDeadline) -> None:
         self._sink = sink
-        self._done = done
         self._silence = silence
         self._held = Chunk()
         self.heard = False  # a delta with content has been handed on
@@ -134,7 +134,23 @@ class _Progress:
         self._held = Chunk()
         self.finished = False
 
-    def take(self, chunks: list[Chunk]) -> None:
+    def take(self, chunks: Sequence[Chunk]) -> None:
+        if chunks := self._listen(chunks):
+            self._sink.take(chunks)
+
+    def take_texts(self, texts: Sequence[bytes]) -> None:
+        """The hot path. The first content of a try never comes this way: from it the short cut is learnt."""
+        self._silence.heard()
+        self._sink.take_texts(texts)
+
+    def end(self, chunks: Sequence[Chunk]) -> None:
+        if not self.ended:
+            self.ended = True
+            chunks = self._listen(chunks)
+            self._sink.end(chunks if self.heard else [self._held])
+
+    def _listen(self, chunks: Sequence[Chunk]) -> Sequence[Chunk]:
+        """Note what ``chunks`` say, and return what is to be handed on now."""
         heard = False
         for chunk in chunks:
             if chunk.deltas:
@@ -143,22 +159,15 @@ class _Progress:
                 self.finished = True
         if not (heard or self.heard):
             self._hold(chunks)
-            return
+            return ()
         if not self.heard:
+            self.heard = True
             chunks = [self._held, *chunks]
         if heard:
-            self.heard = True
             self._silence.heard()
-        self._sink(chunks)
+        return chunks
 
-    def end(self) -> None:
-        if not self.ended:
-            self.ended = True
-            if not self.heard:
-                self._sink([self._held])
-            self._done()
-
-    def _hold(self, chunks: list[Chunk]) -> None:
+    def _hold(self, chunks: Sequence[Chunk]) -> None:
         """Keep the last word on each thing, in one chunk: an endpoint may repeat itself for as long as it is let."""
         for chunk in chunks:
             held = self._held

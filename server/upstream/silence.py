@@ -26,7 +26,7 @@ class SilenceDeadline:
     async def __aenter__(self) -> SilenceDeadline:
         await self._scope.__aenter__()
         self.deadline = self._loop.time() + self._first
-        self._timer = self._loop.call_at(self.deadline, self._wake)
+        self._set_timer(self.deadline)
         return self
 
     async def __aexit__(
@@ -38,10 +38,10 @@ class SilenceDeadline:
     def heard(self) -> None:
         """Content has come: the idle time starts anew."""
         deadline = self._loop.time() + self._idle
-        if deadline < self._timer.when():
+        if deadline < self._wakes_at:
             # The first token came early in a first-token time longer than the idle time.
             self._timer.cancel()
-            self._timer = self._loop.call_at(deadline, self._wake)
+            self._set_timer(deadline)
         self.deadline = deadline
 
     @property
@@ -52,4 +52,8 @@ class SilenceDeadline:
         if self._loop.time() >= self.deadline:
             self._scope.reschedule(self._loop.time())
         else:
-            self._timer = self._loop.call_at(self.deadline, self._wake)
+            self._set_timer(self.deadline)
+
+    def _set_timer(self, at: float) -> None:
+        self._wakes_at = at
+        self._timer = self._loop.call_at(at, self._wake)

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from enum import Enum, auto
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
-__all__ = ["DONE", "Chunk", "Delta", "DeltaKind", "MalformedChunk", "Usage", "decode_chunk", "decode_json"]
+__all__ = [
+    "DONE",
+    "Chunk",
+    "ChunkSink",
+    "Delta",
+    "DeltaKind",
+    "MalformedChunk",
+    "Usage",
+    "decode_chunk",
+    "decode_json",
+]
 
 DONE: Final = b"[DONE]"
 
@@ -52,6 +63,19 @@ class Chunk(NamedTuple):
     usage: Usage | None = None
     model: str | None = None
     error: Any = None  # the error object (or text) of a chunk that is an error
+
+
+class ChunkSink(Protocol):
+    """Where an answer's chunks go, a batch at a time: all that one read of the network brought."""
+
+    def take(self, chunks: Sequence[Chunk], /) -> None:
+        """Chunks, in their order."""
+
+    def take_texts(self, texts: Sequence[bytes], /) -> None:
+        """Deltas of content and nothing else, in their order: each text as the inside of a JSON string, never empty."""
+
+    def end(self, chunks: Sequence[Chunk], /) -> None:
+        """The last chunks of an answer that is complete."""
 
 
 def decode_chunk(data: bytes) -> Chunk:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -53,20 +54,29 @@ class EventEncoder:
     ``number`` is the event's place in the answer, from 0; its id on the wire is ``SID.number``.
     """
 
+    __slots__ = ("_id", "_stream_id", "_token")
+
     def __init__(self, stream_id: str) -> None:
         self._stream_id = stream_id
         self._id = stream_id.encode("ascii")
-        self._id_line = b"id: %b." % self._id
+        self._token = b'id: %b.%%d\ndata: {"token":"%%b"}\n\n' % self._id
 
     def start(self, number: int, model: str) -> bytes:
         return self._event(number, {"id": self._stream_id, "model": model}, type=b"start", retry=_RETRY_MS)
 
     def token(self, number: int, text: str) -> bytes:
-        """One upstream delta's content, exactly. The hot path: one format and one JSON string, nothing else."""
-        return b'%b%d\ndata: {"token":%b}\n\n' % (self._id_line, number, _encode_text(text))
+        """One upstream delta's content, exactly."""
+        return self._token % (number, _encode_text(text)[1:-1])
+
+    def tokens(self, number: int, texts: Sequence[bytes]) -> list[bytes]:
+        """As :meth:`token`, from ``number`` on, for texts that are the inside of JSON strings already. The hot path."""
+        template = self._token
+        if len(texts) == 1:
+            return [template % (number, texts[0])]
+        return [template % numbered for numbered in enumerate(texts, number)]
 
     def reasoning(self, number: int, text: str) -> bytes:
-        return b'event: reasoning\n%b%d\ndata: {"reasoning":%b}\n\n' % (self._id_line, number, _encode_text(text))
+        return b'event: reasoning\nid: %b.%d\ndata: {"reasoning":%b}\n\n' % (self._id, number, _encode_text(text))
 
     def usage(
         self,

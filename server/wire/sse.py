@@ -34,6 +34,19 @@ class EventStreamParser:
     character is: decoding can wait for whoever needs the text. ``retry`` (ms) holds the last legal ``retry`` field.
     """
 
+    __slots__ = (
+        "_after_cr",
+        "_at_start",
+        "_data",
+        "_held",
+        "_last_event_id",
+        "_max_event_bytes",
+        "_partial",
+        "_pending_id",
+        "_type",
+        "retry",
+    )
+
     def __init__(self, *, max_event_bytes: int = MAX_EVENT_BYTES, last_event_id: bytes = b"") -> None:
         self.retry: int | None = None
         self._max_event_bytes = max_event_bytes
@@ -50,6 +63,20 @@ class EventStreamParser:
     def last_event_id(self) -> bytes:
         """The id that a reconnect would send: that of the last block whose blank line has come."""
         return self._last_event_id
+
+    @property
+    def between_events(self) -> bool:
+        """Whether what comes next begins an event: nothing of one is held, not even the first half of a line end."""
+        return not (self._held or self._partial or self._at_start or self._after_cr)
+
+    def give_back(self) -> bytes:
+        """The bytes of a line that has begun, if nothing else of its event is held: the parser forgets them, and
+        :meth:`feed` may be given them again."""
+        if self._held or self._at_start or self._after_cr:
+            return b""
+        line = bytes(self._partial)
+        self._partial.clear()
+        return line
 
     def feed(self, data: bytes) -> list[ServerSentEvent]:
         """Take the next bytes, cut anywhere (inside a CRLF, inside a character), and return the events they complete.

@@ -16,7 +16,7 @@ from server.relay.answer import Answer
 from server.relay.life import Life, Outcome
 from server.settings import Rate
 from server.wire.chat import ChatRequest
-from server.wire.chunks import Chunk, Delta, DeltaKind, Usage
+from server.wire.chunks import Chunk, ChunkSink, Delta, DeltaKind, Usage
 from server.wire.sse import EventStreamParser
 
 REQUEST = ChatRequest(messages=(("user", "hi"),), max_tokens=8, temperature=0.0)
@@ -41,9 +41,9 @@ class FakeSource:
         self._play = play
         self.cancelled = False
 
-    async def relay(self, request: ChatRequest, sink: Sink, done: Callable[[], None], /) -> None:
+    async def relay(self, request: ChatRequest, sink: ChunkSink, /) -> None:
         try:
-            await self._play(sink, done)
+            await self._play(sink.take, lambda: sink.end(()))
         except asyncio.CancelledError:
             self.cancelled = True
             raise
@@ -117,7 +117,7 @@ async def test_a_batch_wakes_the_viewers_once() -> None:
 
     answer, _ = answer_of(play)
     woken: list[int] = []
-    answer.log.subscribe(lambda: woken.append(answer.log.next_number))
+    answer.log.subscribe(lambda _batch, _size: woken.append(answer.log.next_number))
     await ended(answer)
     assert woken == [4, 6]
 

@@ -16,7 +16,7 @@ from server.relay.desk import Desk, Stream
 from server.relay.life import Outcome
 from server.settings import Rate
 from server.wire.chat import ChatRequest
-from server.wire.chunks import Chunk, Delta, DeltaKind
+from server.wire.chunks import Chunk, ChunkSink, Delta, DeltaKind
 from tests.relay.test_viewer import FakeConnection
 
 REQUEST = ChatRequest(messages=(("user", "hi"),), max_tokens=8, temperature=0.0)
@@ -43,10 +43,10 @@ class Endless:
     def __init__(self) -> None:
         self.running = 0
 
-    async def relay(self, request: ChatRequest, sink: Callable[[list[Chunk]], None], done: Any, /) -> None:
+    async def relay(self, request: ChatRequest, sink: ChunkSink, /) -> None:
         self.running += 1
         try:
-            sink([Chunk((Delta(DeltaKind.CONTENT, "a"),))])
+            sink.take([Chunk((Delta(DeltaKind.CONTENT, "a"),))])
             await asyncio.Event().wait()
         finally:
             self.running -= 1

@@ -59,7 +59,7 @@ def test_the_last_events_fit_into_a_full_log() -> None:
 
 def test_viewers_are_told_once_a_batch_and_at_the_end() -> None:
     log, calls = ReplayLog(max_bytes=1000), []
-    log.subscribe(lambda: calls.append(log.next_number))
+    log.subscribe(lambda _batch, _size: calls.append(log.next_number))
     for event in EVENTS:
         log.append(event)
     assert calls == []
@@ -71,7 +71,7 @@ def test_viewers_are_told_once_a_batch_and_at_the_end() -> None:
 def test_who_has_left_is_told_nothing() -> None:
     log, calls = ReplayLog(max_bytes=1000), []
 
-    def listener() -> None:
+    def listener(_batch: bytes, _size: int) -> None:
         calls.append(1)
 
     log.subscribe(listener)
@@ -94,6 +94,6 @@ def test_an_ended_log_is_as_large_as_its_events_and_no_larger() -> None:
 def test_the_end_is_said_before_it_is_told() -> None:
     """Who is told of the last events finds the log ended, and need not be told again."""
     log, seen = ReplayLog(max_bytes=1000), []
-    log.subscribe(lambda: seen.append((log.ended, log.next_number)))
+    log.subscribe(lambda _batch, _size: seen.append((log.ended, log.next_number)))
     log.end([b"usage\n\n", b"done\n\n"])
     assert seen == [(True, 2)]

@@ -40,7 +40,7 @@ from server.relay.admission import Reservation
 from server.relay.desk import Desk, Stream
 from server.relay.life import Outcome
 from server.wire.chat import ChatRequest
-from server.wire.chunks import Chunk, Delta, DeltaKind, Usage
+from server.wire.chunks import Chunk, ChunkSink, Delta, DeltaKind, Usage
 from tests.relay.virtual_time import VirtualTimeLoop, run
 from tests.sse_client import AnswerReader
 
@@ -80,6 +80,7 @@ class Script:
     ending: Ending
     pause: float  # s between the last step and the ending
     closing: float  # s that it takes to close, when cancelled
+    undecoded: bool  # plain tokens are handed on as they came
 
 
 FAULTS: Final = [
@@ -138,7 +139,7 @@ def _draw_script(chance: random.Random) -> Script:
         for step in range(chance.randrange(7))
     ]
     ending = chance.choice(FAULTS) if chance.random() < 0.2 else chance.choice(ENDINGS)
-    return Script(steps, ending, _pause(chance), chance.choice([0.0, 0.0, 0.1]))
+    return Script(steps, ending, _pause(chance), chance.choice([0.0, 0.0, 0.1]), chance.random() < 0.7)
 
 
 # ---- What is known of one answer, from outside
@@ -376,10 +377,14 @@ def _event(stream_id: str, number: int, delta: Delta) -> bytes:
 
 
 class Wire:
-    """A connection; what ``cut_after`` bytes do not reach, it takes, and ``stalls`` once for so long (s)."""
+    """A connection; what ``cut_after`` bytes do not reach, it takes, and ``stalls`` once for so long (s). ``direct``
+    says that it takes what it need not wait for in the moment of its coming."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, cut_after: float, stall: tuple[int, float]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, cut_after: float, stall: tuple[int, float], *, direct: bool
+    ) -> None:
         self._loop = loop
+        self._direct = direct
         self._cut_after = cut_after
         self._stall_at, self._stall_for = stall  # before that write it takes nothing, for so long
         self._dropped = asyncio.Event()
@@ -401,6 +406,17 @@ class Wire:
             self.got += data[: int(self._cut_after) - len(self.got)]
             self.abort()
         await self._take(len(data))
+        self._note(data)
+
+    def write_now(self, data: bytes) -> bool:
+        waits = self._cut_after < len(self.got) + len(data) or self._writes + 1 == self._stall_at
+        if not self._direct or self.dropped or waits:
+            return False
+        self._writes += 1
+        self._note(data)
+        return True
+
+    def _note(self, data: bytes) -> None:
         self.got += data
         self.heard_at = self._loop.time()
         if b"event: ping\n" not in data:
@@ -408,7 +424,9 @@ class Wire:
         elif b"retry: " in data:
             self.told_retry += 1
 
-    async def finish(self) -> None:
+    async def finish(self, data: bytes) -> None:
+        if data:
+            await self.write(data)
         await self._take(5)
         self.ended = True
 
@@ -446,16 +464,18 @@ class Source:
     def __init__(self) -> None:
         self.known: dict[str, Known] = {}
 
-    async def relay(
-        self, request: ChatRequest, sink: Callable[[list[Chunk]], None], done: Callable[[], None], /
-    ) -> None:
+    async def relay(self, request: ChatRequest, sink: ChunkSink, /) -> None:
         known = self.known[request.messages[0][1]]
         script = known.script
         known.asking += 1
         try:
             for pause, chunks in script.steps:
                 await asyncio.sleep(pause)
-                sink(chunks)
+                texts = [delta.text.encode() for chunk in chunks for delta in chunk.deltas]
+                if script.undecoded and chunks == [Chunk((Delta(DeltaKind.CONTENT, text.decode()),)) for text in texts]:
+                    sink.take_texts(texts)
+                else:
+                    sink.take(chunks)
             await asyncio.sleep(script.pause)
             if isinstance(script.ending, type):
                 raise script.ending
@@ -467,14 +487,14 @@ class Source:
                 case "hangs":
                     await asyncio.Event().wait()
                 case "done":
-                    done()
+                    sink.end(())
                 case "done and lingers":
-                    done()
+                    sink.end(())
                     await asyncio.sleep(1)
                 case "done and goes on":  # none of which may be heard
-                    done()
-                    sink([Chunk((Delta(DeltaKind.CONTENT, "more"),), "stop", Usage(9, 9), "another")])
-                    done()
+                    sink.end(())
+                    sink.take([Chunk((Delta(DeltaKind.CONTENT, "more"),), "stop", Usage(9, 9), "another")])
+                    sink.end(())
                     raise UpstreamIncomplete
         except asyncio.CancelledError:
             await asyncio.sleep(script.closing)
@@ -571,7 +591,7 @@ class World:
         self.source.known[name] = known
         self.known.append(known)
 
-        def listen() -> None:
+        def listen(_batch: bytes, _size: int) -> None:
             if stream.log.ended:
                 known.ended(self.loop.time())
 
@@ -673,7 +693,7 @@ class World:
         after = None if reader.last_event_id is None else reader.seen
         cut_after = chance.choice([math.inf, math.inf, chance.randrange(600)])
         stall = (chance.randrange(1, 4), chance.choice([1.0, 5.0, 100.0])) if chance.random() < 0.15 else (0, 0.0)
-        wire = Wire(loop, cut_after, stall)
+        wire = Wire(loop, cut_after, stall, direct=chance.random() < 0.7)
         attached = Attached(known, wire, 0 if after is None else log.end_of(after))
         self.seen["viewed"] += 1
         with self.desk.viewing(known.stream, wire, after=after, may_return=may_return) as viewer:

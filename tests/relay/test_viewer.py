@@ -29,7 +29,12 @@ class FakeConnection:
         if self.aborted:
             raise ConnectionResetError
 
-    async def finish(self) -> None:
+    def write_now(self, data: bytes) -> bool:
+        return False
+
+    async def finish(self, data: bytes) -> None:
+        if data:
+            self.written.append(data)
         if not self.takes_end:
             self.open.clear()
         await self.open.wait()

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from email.utils import formatdate
 from unittest.mock import Mock
 
@@ -18,29 +18,31 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from server.errors import UpstreamFailed
-from server.upstream.client import AttemptFailed, Endpoint, UpstreamClient, parse_retry_after
+from server.upstream.attempt import AttemptFailed, parse_retry_after
+from server.upstream.client import Endpoint, UpstreamClient
 from server.wire.chunks import Chunk
 from tests.upstream.conftest import KEY, until
+from tests.upstream.recording import Recording
 from tests.upstream_sim import Call, Script, ScriptedUpstream, answer, chunk
 
 
-@pytest.fixture
-async def client() -> AsyncIterator[UpstreamClient]:
-    async with UpstreamClient(connect_timeout=2) as opened:
+@pytest.fixture(params=[True, False], ids=["fast", "usual"])
+async def client(request: pytest.FixtureRequest) -> AsyncIterator[UpstreamClient]:
+    """Both ways of a body: SLUICE_FAST_PATH=auto and off."""
+    async with UpstreamClient(connect_timeout=2, direct=request.param) as opened:
         yield opened
 
 
-class Asked:
+class Asked(Recording):
     """One request, and what it handed on."""
 
     def __init__(self, client: UpstreamClient, upstream: ScriptedUpstream, path: str = "") -> None:
-        self.chunks: list[Chunk] = []
-        self.done = 0
+        super().__init__()
         self._client = client
         self._endpoint = Endpoint(upstream.base_url + path, "asked", KEY)
 
     async def run(self) -> Asked:
-        await self._client.ask(self._endpoint, b"{}", self.chunks.extend, self._end)
+        await self._client.ask(self._endpoint, b"{}", self)
         return self
 
     async def failure(self) -> AttemptFailed:
@@ -48,12 +50,17 @@ class Asked:
             await self.run()
         return caught.value
 
-    def _end(self) -> None:
-        self.done += 1
 
-    @property
-    def texts(self) -> list[str]:
-        return [delta.text for chunk in self.chunks for delta in chunk.deltas]
+class Heard(Recording):
+    """Tells when something was handed on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.something = asyncio.Event()
+
+    def take(self, chunks: Sequence[Chunk]) -> None:
+        super().take(chunks)
+        self.something.set()
 
 
 # ---- Retry-After
@@ -125,7 +132,7 @@ async def test_what_is_sent(client: UpstreamClient, upstream: ScriptedUpstream, 
 
 
 async def test_without_a_key_no_authorization_is_sent(client: UpstreamClient, upstream: ScriptedUpstream) -> None:
-    await client.ask(Endpoint(upstream.base_url, "asked"), b"{}", lambda _: None, lambda: None)
+    await client.ask(Endpoint(upstream.base_url, "asked"), b"{}", Recording())
     assert "Authorization" not in upstream.calls[0].headers
 
 
@@ -139,7 +146,7 @@ async def test_an_endpoints_cookies_are_not_sent_back(client: UpstreamClient, up
     upstream.script = script
     endpoint = Endpoint(upstream.base_url.replace("127.0.0.1", "localhost"), "asked")  # an address has no cookies
     for _ in range(2):
-        await client.ask(endpoint, b"{}", lambda _: None, lambda: None)
+        await client.ask(endpoint, b"{}", Recording())
     assert "Cookie" not in upstream.calls[1].headers
 
 
@@ -241,6 +248,13 @@ async def test_a_fast_endpoint_leaves_other_streams_their_turn(
     turn = 0
     handed_on: list[tuple[int, int]] = []
 
+    class Noting(Recording):
+        def take(self, chunks: Sequence[Chunk]) -> None:
+            handed_on.append((turn, len(chunks)))
+
+        def take_texts(self, texts: Sequence[bytes]) -> None:
+            handed_on.append((turn, len(texts)))
+
     async def turning() -> None:
         nonlocal turn
         while True:
@@ -256,7 +270,7 @@ async def test_a_fast_endpoint_leaves_other_streams_their_turn(
     upstream.script = script
     others = asyncio.create_task(turning())
     endpoint = Endpoint(upstream.base_url, "asked")
-    await client.ask(endpoint, b"{}", lambda chunks: handed_on.append((turn, len(chunks))), lambda: None)
+    await client.ask(endpoint, b"{}", Noting())
     others.cancel()
     # Two, where the last piece of one read meets the first of the next.
     assert max(Counter(turn for turn, _ in handed_on).values()) <= 2
@@ -282,7 +296,7 @@ async def test_done_is_told_before_the_connection_is_tidied_up(
 
 
 async def test_what_a_broken_connection_left_behind_is_given_out() -> None:
-    """Pins the private call that server/upstream/client.py makes: each public one raises before it looks."""
+    """Pins the private call that server/upstream/body.py makes: each public one raises before it looks."""
     content = aiohttp.StreamReader(Mock(_reading_paused=False), 2**16, loop=asyncio.get_running_loop())
     content.feed_data(b"data: to")
     content.feed_data(b"ken\n\n")
@@ -300,26 +314,21 @@ async def test_tokens_that_arrive_with_a_break_while_others_are_parsed_are_not_l
     client: UpstreamClient, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """U20: the reader holds the break's exception by the time that it is asked again, and the tokens behind it."""
-    monkeypatch.setattr("server.upstream.client._FED_AT_ONCE", 64)
-    seen = asyncio.Event()
-    texts: list[str] = []
-
-    def sink(chunks: list[Chunk]) -> None:
-        texts.extend(delta.text for chunk in chunks for delta in chunk.deltas)
-        seen.set()
+    monkeypatch.setattr("server.upstream.body._FED_AT_ONCE", 64)
+    heard = Heard()
 
     async def script(call: Call) -> None:
         await call.head()
         token, filler = (b"data: %b\n\n" % json.dumps(chunk({"content": text})).encode() for text in ("Hel", ""))
         await call.write(token + filler * 200)
-        await seen.wait()
+        await heard.something.wait()
         await call.token("lo")
         getattr(call, how)()
 
     upstream.script = script
     with pytest.raises(AttemptFailed):
-        await client.ask(Endpoint(upstream.base_url, "asked"), b"{}", sink, lambda: None)
-    assert texts == ["Hel", "lo"]
+        await client.ask(Endpoint(upstream.base_url, "asked"), b"{}", heard)
+    assert heard.texts == ["Hel", "lo"]
 
 
 @pytest.mark.parametrize("turns", range(12))
@@ -327,20 +336,20 @@ async def test_a_broken_framing_is_noticed_in_whatever_turn_of_the_parser_it_com
     client: UpstreamClient, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch, turns: int
 ) -> None:
     """aiohttp closes the connection and says nothing, or raises RuntimeError when it is asked to read on."""
-    monkeypatch.setattr("server.upstream.client._FED_AT_ONCE", 64)
-    seen = asyncio.Event()
+    monkeypatch.setattr("server.upstream.body._FED_AT_ONCE", 64)
+    heard = Heard()
 
     async def script(call: Call) -> None:
         await call.head()
         await call.write(b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'.ljust(64, b"\n") + b"\n" * 64 * turns)
-        await seen.wait()
+        await heard.something.wait()
         await call.send(b"no number\r\n")
         await call.gone()
 
     upstream.script = script
     with pytest.raises(AttemptFailed) as caught:
         async with asyncio.timeout(5):
-            await client.ask(Endpoint(upstream.base_url, "asked"), b"{}", lambda _: seen.set(), lambda: None)
+            await client.ask(Endpoint(upstream.base_url, "asked"), b"{}", heard)
     assert caught.value.error.code == "upstream_incomplete"
 
 
@@ -521,12 +530,13 @@ async def test_an_error_of_the_sinks_closes_the_request_too(client: UpstreamClie
     class Full(Exception):
         pass
 
-    def refuse(chunks: list[Chunk]) -> None:
-        raise Full
+    class Refusing(Recording):
+        def take(self, chunks: Sequence[Chunk]) -> None:
+            raise Full
 
     upstream.script = before_the_first_token
     with pytest.raises(Full):
-        await client.ask(Endpoint(upstream.base_url, "asked"), b"{}", refuse, lambda: None)
+        await client.ask(Endpoint(upstream.base_url, "asked"), b"{}", Refusing())
     async with asyncio.timeout(2):
         await upstream.calls[0].gone()
 

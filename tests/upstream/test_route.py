@@ -13,16 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import UpstreamError, UpstreamIncomplete, UpstreamRejected, UpstreamTimeout, UpstreamUnreachable
-from server.upstream.client import AttemptFailed, ChunkSink, Endpoint, UpstreamClient
+from server.upstream.attempt import AttemptFailed
+from server.upstream.client import Endpoint, UpstreamClient
 from server.upstream.route import UpstreamRoute, backoff
 from server.wire.chat import ChatRequest
-from server.wire.chunks import Chunk, Delta, DeltaKind
+from server.wire.chunks import Chunk, ChunkSink, Delta, DeltaKind
+from tests.upstream.recording import Recording
 
 REQUEST = ChatRequest(messages=(("user", "hi"),), max_tokens=5, temperature=0.5)
 TOKEN = Chunk((Delta(DeltaKind.CONTENT, "x"),))
 STOP = Chunk(finish_reason="stop")
 
-Attempt = Callable[[ChunkSink, Callable[[], None]], Awaitable[None]]
+Attempt = Callable[[ChunkSink], Awaitable[None]]
 
 
 class FakeClient:
@@ -34,21 +36,21 @@ class FakeClient:
         self.cancelled = 0
         self.bodies: list[bytes] = []
 
-    async def ask(self, endpoint: Endpoint, body: bytes, sink: ChunkSink, done: Callable[[], None]) -> None:
+    async def ask(self, endpoint: Endpoint, body: bytes, sink: ChunkSink) -> None:
         self.asked += 1
         self.bodies.append(body)
         attempt = self._attempts.pop(0) if len(self._attempts) > 1 else self._attempts[0]
         try:
-            await attempt(sink, done)
+            await attempt(sink)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
 
 
 def failing(failure: AttemptFailed, *chunks: Chunk) -> Attempt:
-    async def attempt(sink: ChunkSink, done: Callable[[], None]) -> None:
+    async def attempt(sink: ChunkSink) -> None:
         if chunks:
-            sink(list(chunks))
+            sink.take(chunks)
         raise failure
 
     return attempt
@@ -57,18 +59,17 @@ def failing(failure: AttemptFailed, *chunks: Chunk) -> Attempt:
 def saying(*chunks: Chunk, then: float = 0.0) -> Attempt:
     """A whole answer; the request takes ``then`` (s) longer than its ``[DONE]``."""
 
-    async def attempt(sink: ChunkSink, done: Callable[[], None]) -> None:
-        sink(list(chunks))
-        done()
+    async def attempt(sink: ChunkSink) -> None:
+        sink.end(chunks)
         await asyncio.sleep(then)
 
     return attempt
 
 
 def silent(*chunks: Chunk) -> Attempt:
-    async def attempt(sink: ChunkSink, done: Callable[[], None]) -> None:
+    async def attempt(sink: ChunkSink) -> None:
         if chunks:
-            sink(list(chunks))
+            sink.take(chunks)
         await asyncio.sleep(30)
 
     return attempt
@@ -90,8 +91,7 @@ class Relayed:
         self, *attempts: Attempt, first_token_timeout: float = 5.0, idle_timeout: float = 5.0, retries: int = 2
     ) -> None:
         self.client = FakeClient(*attempts)
-        self.chunks: list[Chunk] = []
-        self.done = 0
+        self.heard = Recording()
         self._route = UpstreamRoute(
             cast("UpstreamClient", self.client),
             Endpoint("http://upstream/v1", "asked"),
@@ -101,10 +101,7 @@ class Relayed:
         )
 
     async def run(self) -> None:
-        await self._route.relay(REQUEST, self.chunks.extend, self._end)
-
-    def _end(self) -> None:
-        self.done += 1
+        await self._route.relay(REQUEST, self.heard)
 
 
 @pytest.fixture
@@ -166,7 +163,7 @@ async def test_an_endpoint_is_asked_once_and_as_often_again_as_is_set(no_pauses:
     with pytest.raises(UpstreamUnreachable):
         await relayed.run()
     assert relayed.client.asked == retries + 1
-    assert relayed.done == 0
+    assert relayed.heard.done == 0
 
 
 async def test_what_no_further_try_mends_is_not_tried_again() -> None:
@@ -198,7 +195,7 @@ async def test_a_chunk_without_content_is_no_token(no_pauses: None, chunk: Chunk
     relayed = Relayed(failing(passing(), chunk), saying(TOKEN))
     await relayed.run()
     assert relayed.client.asked == 2
-    assert relayed.done == 1
+    assert relayed.heard.done == 1
 
 
 async def test_every_try_sends_the_same_request(no_pauses: None) -> None:
@@ -248,19 +245,19 @@ async def test_silence_after_a_finish_reason_is_the_end() -> None:
     """upstream_incomplete: a finish_reason without [DONE] is a complete answer."""
     relayed = Relayed(silent(TOKEN, STOP), idle_timeout=0.1)
     await relayed.run()
-    assert relayed.done == 1
+    assert relayed.heard.done == 1
 
 
 async def test_a_time_out_while_the_connection_is_tidied_up_is_no_failure() -> None:
     relayed = Relayed(saying(TOKEN, then=30.0), idle_timeout=0.1)
     await relayed.run()
-    assert relayed.done == 1
+    assert relayed.heard.done == 1
 
 
 async def test_a_time_out_that_is_not_ours_is_not_taken_for_the_endpoints() -> None:
     """It is a bug, and must look like one."""
 
-    async def attempt(sink: ChunkSink, done: Callable[[], None]) -> None:
+    async def attempt(sink: ChunkSink) -> None:
         raise TimeoutError
 
     with pytest.raises(TimeoutError):

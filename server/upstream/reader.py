@@ -1,0 +1,130 @@
+"""An answer's bytes to what they say: events to chunks, or, where the template fits, to texts with nothing decoded."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from server.errors import UpstreamInvalid
+from server.upstream.attempt import AttemptFailed, failed_in_stream
+from server.wire.chunks import DONE, Chunk, ChunkSink, Delta, DeltaKind, MalformedChunk, decode_chunk
+from server.wire.sse import EventStreamParser, EventTooLarge, ServerSentEvent
+from server.wire.template import TokenTemplate
+
+__all__ = ["MAX_MALFORMED_EVENTS", "AnswerReader"]
+
+MAX_MALFORMED_EVENTS: Final = 10  # in one answer; an endpoint with more does not speak the format
+_MAX_TAIL: Final = 4096  # bytes of a line that has begun; the parser, which copies nothing twice, takes longer ones
+_LESSONS: Final = 3  # templates that are learnt in vain before an endpoint is known for one whose frames change
+
+
+class AnswerReader:
+    """Reads one answer: the bytes of its body in, cut anywhere, and what they say to ``sink``, once a call.
+
+    No I/O. ``over`` says that ``[DONE]`` has come, ``finished`` that a finish_reason has: from there on a close is a
+    clean end.
+    """
+
+    __slots__ = ("_fitted", "_lessons", "_malformed", "_parser", "_sink", "_tail", "_template", "finished", "over")
+
+    def __init__(self, sink: ChunkSink) -> None:
+        self._sink = sink
+        self._parser = EventStreamParser()
+        self._template: TokenTemplate | None = None
+        self._lessons = _LESSONS
+        self._fitted = False  # since the template was learnt
+        self._tail = b""  # a line that has begun, while the short cut is open: the parser stands between events
+        self._malformed = 0
+        self.finished = False
+        self.over = False
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes. What is good is handed on before there is a complaint about what is not.
+
+        Raises AttemptFailed for what is no OpenAI stream, and what the sink raises.
+        """
+        if self._tail:
+            data = self._tail + data
+            self._tail = b""
+        if self._template is None or not self._parser.between_events or not self._take_short_cut(self._template, data):
+            self._parse(data)
+
+    def _take_short_cut(self, template: TokenTemplate, data: bytes) -> bool:
+        """Hand on the texts of ``data`` if it is events that fit, the last of them perhaps cut; the hot path."""
+        texts = template.texts_of(data)
+        if texts is None:
+            whole = data.rfind(template.blank) + len(template.blank)
+            rest = data[whole:] if whole >= len(template.blank) else data
+            # A line that has not ended hides no event that is complete.
+            if not rest or len(rest) > _MAX_TAIL or b"\n" in rest or b"\r" in rest:
+                return False
+            if rest is not data:
+                texts = template.texts_of(data[:whole])
+                if texts is None:
+                    return False
+            self._tail = rest
+        if texts:
+            self._fitted = True
+            self._sink.take_texts(texts)
+        return True
+
+    def _parse(self, data: bytes) -> None:
+        failure = None
+        try:
+            events = self._parser.feed(data)
+        except EventTooLarge as exc:
+            events = exc.events
+            failure = AttemptFailed(UpstreamInvalid(), str(exc))
+        chunks: list[Chunk] = []
+        for event in events:
+            if event.data == DONE:
+                self.over = True
+                break
+            try:
+                chunks.append(self._read(event, data))
+            except AttemptFailed as exc:
+                failure = exc
+                break
+        if self.over:
+            self._sink.end(chunks)
+            return
+        if chunks:
+            self._sink.take(chunks)
+        if failure is not None:
+            raise failure
+        if self._template is not None:
+            self._tail = self._parser.give_back()
+
+    def _read(self, event: ServerSentEvent, wire: bytes) -> Chunk:
+        template = self._template
+        if template is not None and event.type == b"message" and (text := template.text_of(event.data)) is not None:
+            self._fitted = True
+            return Chunk((Delta(DeltaKind.CONTENT, text.decode()),), model=template.model)
+        try:
+            chunk = decode_chunk(event.data)
+        except MalformedChunk:
+            if event.type == b"error":
+                raise failed_in_stream(None) from None
+            self._malformed += 1
+            if self._malformed > MAX_MALFORMED_EVENTS:
+                raise AttemptFailed(UpstreamInvalid(), f"more than {MAX_MALFORMED_EVENTS} malformed events") from None
+            return Chunk()
+        if chunk.error is not None or event.type == b"error":
+            raise failed_in_stream(chunk.error)
+        if chunk.finish_reason:
+            self.finished = True
+        self._learn(event.data, chunk, wire)
+        return chunk
+
+    def _learn(self, data: bytes, chunk: Chunk, wire: bytes) -> None:
+        """Take a token event for the template of those to come. Where no later event ever fits (a padding that changes,
+        a time of day), learning is given up: it costs more than it saves."""
+        template = self._template
+        if template is not None and chunk.model is not None and chunk.model != template.model:
+            self._template = template = None  # what fits it would no longer name the model that answered last
+        if self._lessons == 0 and not self._fitted:
+            return
+        learnt = TokenTemplate.learn(data, chunk, wire)
+        if learnt is not None:
+            self._lessons = _LESSONS if self._fitted else self._lessons - 1
+            self._fitted = False
+            self._template = learnt

@@ -1,0 +1,36 @@
+"""A sink that keeps what an answer says, whichever way it comes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from server.wire.chunks import Chunk, Delta, DeltaKind
+
+__all__ = ["Recording"]
+
+
+class Recording:
+    """The ChunkSink of a test: ``chunks`` in their order, ``done`` how often it was ended, ``texts`` what was said;
+    ``undecoded`` counts the deltas that came as they were on the wire."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Chunk] = []
+        self.done = 0
+        self.undecoded = 0
+
+    def take(self, chunks: Sequence[Chunk]) -> None:
+        self.chunks += chunks
+
+    def take_texts(self, texts: Sequence[bytes]) -> None:
+        assert texts
+        self.undecoded += len(texts)
+        self.chunks += [Chunk((Delta(DeltaKind.CONTENT, json.loads(b'"' + text + b'"')),)) for text in texts]
+
+    def end(self, chunks: Sequence[Chunk]) -> None:
+        self.chunks += chunks
+        self.done += 1
+
+    @property
+    def texts(self) -> list[str]:
+        return [delta.text for chunk in self.chunks for delta in chunk.deltas]
