@@ -114,14 +114,14 @@ async def find_capacity(
             step = Step(streams, await measure(streams))
             steps.append(step)
             say(str(step))
-            if step.held or step.summary.interrupted or step.summary.overhead.warnings or _unmeasured(step):
+            if step.held or step.summary.interrupted or step.summary.warnings or _unmeasured(step):
                 break
         if step.summary.interrupted:
             return Capacity(search.held, limit, steps, interrupted=True)
         if unmeasured := _unmeasured(step):
             return Capacity(search.held, limit, steps, unmeasured=unmeasured)
-        if not step.held and step.summary.overhead.warnings:
-            return Capacity(search.held, limit, steps, step.summary.overhead.warnings)
+        if not step.held and step.summary.warnings:
+            return Capacity(search.held, limit, steps, step.summary.warnings)
         search.tell(streams, held=step.held)
     return Capacity(search.held, limit, steps)
 

@@ -21,7 +21,9 @@ from ops.loadtest.tally import Tally
 from ops.loadtest.target import Kind, Target
 from server.wire.sse import EventStreamParser, EventTooLarge
 
-__all__ = ["Client", "Departure"]
+__all__ = ["OUT_OF_SOCKETS", "Client", "Departure"]
+
+OUT_OF_SOCKETS = "tester_out_of_sockets"  # descriptors, or ports: the tester's machine is at its limit
 
 _CONNECT_TIMEOUT_S = 10.0  # DNS, TCP and TLS
 _END_TIMEOUT_S = 2.0  # for the body to end behind [DONE]
@@ -359,6 +361,6 @@ def _connect_code(exc: OSError) -> str:
         case ssl.SSLError():
             return "tls"
         case OSError(errno=number) if number in (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL):
-            return "tester_out_of_sockets"
+            return OUT_OF_SOCKETS
         case _:
             return "connect_" + errno.errorcode.get(exc.errno or 0, "failed").lower()

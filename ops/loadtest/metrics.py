@@ -71,10 +71,12 @@ class Histogram:
 
     def add(self, value_ns: int, times: int = 1) -> None:
         """Count a duration; a negative one (clocks do not, schedules may) as 0."""
-        value_ns = min(max(value_ns, 0), _LONGEST_NS)
+        if not 0 <= value_ns <= _LONGEST_NS:
+            value_ns = min(max(value_ns, 0), _LONGEST_NS)
         shift = value_ns.bit_length() - self._bits
         bucket = value_ns if shift <= 0 else (shift << (self._bits - 1)) + (value_ns >> shift)
-        self._counts[bucket] = self._counts.get(bucket, 0) + times
+        counts = self._counts
+        counts[bucket] = counts.get(bucket, 0) + times
         self.count += times
         self.total_ns += value_ns * times
         self._squares += value_ns * value_ns * times

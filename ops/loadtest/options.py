@@ -66,6 +66,9 @@ def read_options(arguments: Sequence[str], environment: Mapping[str, str]) -> Op
     """Raises BadOptions; ``--help`` prints and exits, as argparse does."""
     parser = _build_parser()
     given = parser.parse_args(arguments)
+    if given.self_test:
+        also = {name for name, value in vars(given).items() if value != parser.get_default(name)}
+        _require(also <= {"self_test", "json", "quiet"}, "--self-test takes nothing but --json and --quiet")
     _check_combinations(given)
     target = None if given.self_test else _read_target(given, environment)
     if target is not None and target.kind is Kind.OPENAI:
@@ -162,7 +165,7 @@ def _build_parser() -> _Parser:
 
 
 def _check_combinations(given: argparse.Namespace) -> None:
-    _require(bool(given.url) != given.self_test, "what to test? Give a URL (or --self-test, and no URL)")
+    _require(given.url or given.self_test, "what to test? Give a URL (or --self-test)")
     _require(given.rate is None or given.streams is None, "--streams closes the loop and --rate opens it: give one")
     _require(
         given.rate is None or not given.think, "--think is for the closed loop; with --rate the schedule says when"

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 
 from ops.loadtest.capacity import Capacity, Step
 from ops.loadtest.metrics import Histogram
-from ops.loadtest.objectives import Objectives
 from ops.loadtest.summary import OverTime, Summary
 
 __all__ = ["PALETTE", "capacity_plot", "latency_over_time_plot", "latency_plot", "load_over_time_plot"]
@@ -58,13 +57,13 @@ _STYLE: Final[dict[Any, Any]] = {
 }
 
 
-def latency_plot(summary: Summary, objectives: Objectives) -> str:
+def latency_plot(summary: Summary) -> str:
     """How TTFT, ITL and E2EL are distributed: the share of values that were no greater."""
 
     def draw(axes: Sequence[Axes]) -> None:
         for axis, (name, title) in zip(axes, (("ttft", "TTFT"), ("itl", "ITL"), ("e2el", "E2EL")), strict=True):
             _draw_distribution(axis, summary.histograms[name], title)
-            for bound_ms in [known.bound_ms for known in objectives.request if known.latency == name]:
+            for bound_ms in [known.bound_ms for known in summary.objectives.request if known.latency == name]:
                 axis.axvline(bound_ms, color=_BAD, linestyle=(0, (4, 3)), linewidth=1)
         axes[0].set_ylabel("share of values")
 
@@ -95,9 +94,10 @@ def latency_over_time_plot(over_time: OverTime) -> str:
     return _svg("latencies", 2, draw)
 
 
-def capacity_plot(capacity: Capacity, objectives: Objectives) -> str:
+def capacity_plot(capacity: Capacity) -> str:
     """Latency over the number of streams; steps that broke are crosses."""
 
+    objectives = capacity.steps[0].summary.objectives
     measured = [
         (name, title)
         for name, title in (("itl", "ITL"), ("ttft", "TTFT"))

@@ -6,12 +6,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import signal
 import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console, Group
@@ -27,6 +25,7 @@ __all__ = ["Display", "open_display"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _EVERY_S = 0.5
+_END_TIMEOUT_S = 2.0
 _PLAIN_EVERY_S = 5.0  # where there is no terminal, lines are kept
 
 
@@ -78,14 +77,22 @@ async def open_display(*, quiet: bool) -> AsyncIterator[Display]:
         yield Display(None, quiet=quiet)
         return
     drawer = await asyncio.create_subprocess_exec(
-        *[sys.executable, "-m", "ops.loadtest.progress"], cwd=_ROOT, stdin=asyncio.subprocess.PIPE
+        *[sys.executable, "-m", "ops.loadtest.progress"],
+        cwd=_ROOT,
+        stdin=asyncio.subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for the tester, which then closes the pipe
     )
     try:
         yield Display(drawer, quiet=False)
     finally:
         if drawer.stdin is not None:
             drawer.stdin.close()  # which ends it
-        await drawer.wait()
+        try:
+            async with asyncio.timeout(_END_TIMEOUT_S):
+                await drawer.wait()
+        except TimeoutError:  # a terminal that was stopped (Ctrl-S) takes nothing
+            drawer.kill()
+            await drawer.wait()
 
 
 def _state(run: Run, title: str, tokens_per_s: float) -> dict[str, Any]:
@@ -132,7 +139,6 @@ def _drawing(state: dict[str, Any]) -> Group:
 
 def _draw() -> None:
     """The drawing process: states come in as lines, until there are no more."""
-    signal.signal(signal.SIGINT, _ignore)  # Ctrl-C is for the tester, which then closes the pipe
     console = Console(stderr=True)
     with Live(console=console, auto_refresh=False, transient=True) as live:
         for line in sys.stdin:
@@ -141,10 +147,6 @@ def _draw() -> None:
                 live.console.print(state["line"], highlight=False, markup=False)
             else:
                 live.update(_drawing(state), refresh=True)
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    """SIG_IGN would be inherited by nobody, but Python's default would raise in the middle of a drawing."""
 
 
 if __name__ == "__main__":

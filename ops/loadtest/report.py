@@ -93,25 +93,25 @@ class Report:
 
 
 def render(report: Report) -> str:
-    summary, capacity, objectives = report.summary, report.capacity, report.options.objectives
+    summary, capacity = report.summary, report.capacity
     sections = [_head(report), _tiles(summary, capacity), _warnings(summary)]
     if capacity is not None:
         caption = "Each point is one step; a cross broke an objective, the dashed line is its bound."
         sections += [
             _section("Capacity", f"<p>{escape(_sentence(str(capacity)))}</p>"),
-            _figure(plots.capacity_plot(capacity, objectives), caption),
+            _figure(plots.capacity_plot(capacity), caption),
             _steps(capacity),
         ]
     streams = "" if capacity is None else f" at {summary.load.streams} streams"
     caption = "The share of values that were no greater; the dashed line is an objective."
     sections += [
         _section(f"Latencies{streams}", _latencies(summary)),
-        _figure(plots.latency_plot(summary, objectives), caption),
+        _figure(plots.latency_plot(summary), caption),
         _figure(plots.latency_over_time_plot(summary.over_time), "Shaded: the measured window."),
         _section("Load", ""),
         _figure(plots.load_over_time_plot(summary.over_time), "Shaded: the measured window."),
         _section("Outcomes", _outcomes(summary)),
-        _section("Objectives", _objectives(summary)) if summary.verdicts else "",
+        _section("Objectives", _objectives(summary)) if summary.verdicts or summary.objectives.request else "",
         _section("The tester itself", _tester(summary)),
         _section("Definitions", _list(_DEFINITIONS.items())),
         _section("Run", _run(report)),
@@ -162,8 +162,7 @@ def _tiles(summary: Summary, capacity: Capacity | None) -> str:
 
 def _warnings(summary: Summary) -> str:
     return "".join(
-        f'<p class="bad">The tester itself was a bottleneck: {escape(warning)}.</p>'
-        for warning in summary.overhead.warnings
+        f'<p class="bad">The tester itself was a bottleneck: {escape(warning)}.</p>' for warning in summary.warnings
     )
 
 
@@ -216,7 +215,12 @@ def _outcomes(summary: Summary) -> str:
 
 
 def _objectives(summary: Summary) -> str:
-    return "".join(
+    goodput = ""
+    if kept := ", ".join(objective.text for objective in summary.objectives.request):
+        share = "" if math.isnan(summary.good) else f", {summary.good:.2%} of those that completed or failed"
+        shown = f"{_number(summary.request_goodput or 0.0, 2)} requests/s kept {kept}{share}."
+        goodput = f"<p>{escape(shown)}</p>"
+    return goodput + "".join(
         f'<p class="{"good" if verdict.kept else "bad"}">{escape(str(verdict))}</p>' for verdict in summary.verdicts
     )
 

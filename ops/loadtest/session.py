@@ -22,9 +22,11 @@ from ops.loadtest.target import Target
 
 __all__ = ["Findings", "Interruption", "measure"]
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class Interruption:
-    """Ctrl-C and SIGTERM: the first ends the run that goes on, with its figures; the second ends the program."""
+    """Ctrl-C and SIGTERM: the first ends the run that goes on, with its figures; the second is the system's to hear."""
 
     def __init__(self) -> None:
         self.came = False
@@ -32,14 +34,13 @@ class Interruption:
 
     @contextlib.contextmanager
     def armed(self) -> Iterator[None]:
-        loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
-        for number in signals:
-            loop.add_signal_handler(number, self.take)
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._take)
         try:
             yield
         finally:
-            for number in signals:
-                loop.remove_signal_handler(number)
+            self._disarm()
 
     @contextlib.contextmanager
     def ending(self, run: Run) -> Iterator[None]:
@@ -52,12 +53,15 @@ class Interruption:
         finally:
             self._run = None
 
-    def take(self) -> None:
-        if self.came:
-            raise KeyboardInterrupt
+    def _take(self) -> None:
         self.came = True
+        self._disarm()
         if self._run is not None:
             self._run.interrupt()
+
+    def _disarm(self) -> None:
+        for number in _SIGNALS:
+            asyncio.get_running_loop().remove_signal_handler(number)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ops.loadtest.client import OUT_OF_SOCKETS
 from ops.loadtest.metrics import Distribution, Histogram
 from ops.loadtest.objectives import Objectives, Verdict
 from ops.loadtest.overhead import Overhead
@@ -51,6 +52,7 @@ class Summary:
     """Of the measured window, as the docstring of ``ops.loadtest.tally`` defines what belongs to it."""
 
     load: Load
+    objectives: Objectives
     interrupted: bool
     duration: float  # s
     outcomes: dict[Outcome, int]
@@ -81,6 +83,12 @@ class Summary:
         """Whether every objective of the run was kept."""
         return all(verdict.kept for verdict in self.verdicts)
 
+    @property
+    def warnings(self) -> list[str]:
+        """Why the figures are not the endpoint's alone: what the tester itself was short of."""
+        short = any(failure.code == OUT_OF_SOCKETS for failure in self.failures)
+        return [*self.overhead.warnings, *(["its system gave it no more sockets"] if short else [])]
+
     def as_json(self) -> dict[str, Any]:
         """Names as ``vllm bench serve`` has them, latencies in ms."""
         return {
@@ -101,6 +109,7 @@ class Summary:
             "bytes": self.bytes,
             "max_concurrent_requests": self.max_concurrent_requests,
             **{f"{name}_ms": latency.as_json() for name, latency in self.latencies.items()},
+            "request_objectives": [objective.text for objective in self.objectives.request],
             "objectives": [
                 {"objective": verdict.objective.text, "value": finite(verdict.value), "kept": verdict.kept}
                 for verdict in self.verdicts
@@ -114,7 +123,7 @@ class Summary:
                 "cpu_us_per_token": finite(self.overhead.cpu_us_per_token),
                 "lag_ms": self.overhead.lag.as_json(),
                 "start_late_ms": self.overhead.start_late.as_json(),
-                "warnings": self.overhead.warnings,
+                "warnings": self.warnings,
             },
             "over_time": {
                 name: [finite(item) for item in value] if isinstance(value, list | tuple) else value
@@ -146,6 +155,7 @@ def summarise(result: RunResult, objectives: Objectives) -> Summary:
     }
     return Summary(
         load=result.load,
+        objectives=objectives,
         interrupted=result.interrupted,
         duration=seconds,
         outcomes={outcome: tally.outcomes[outcome] for outcome in Outcome},

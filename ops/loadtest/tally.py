@@ -64,6 +64,7 @@ class Tally:
         self.window = window
         self._objectives = objectives
         self.moment_s = max(_SHORTEST_MOMENT_S, (window.end_ns - window.run_ns) / 1e9 / _MOMENTS)
+        self._moment_ns = round(self.moment_s * 1e9)
         self.moments: list[Moment] = []
         self.ttft, self.ttft_service = Histogram(), Histogram()
         self.e2el, self.e2el_service = Histogram(), Histogram()
@@ -97,26 +98,29 @@ class Tally:
 
     def tokens_came(self, record: Record, count: int, now_ns: int) -> None:
         """``count`` tokens in one network read; called before they are in the record. The hot path."""
-        moment = self._moment(now_ns)
+        window, times, moment = self.window, record.token_ns, self._moment(now_ns)
+        begin_ns, end_ns = window.begin_ns, window.end_ns
+        in_window = begin_ns <= now_ns < end_ns
         moment.tokens += count
-        if now_ns in self.window:
+        if in_window:
             self.tokens += count
-        times = record.token_ns
         if not times:
-            first_ns = now_ns - record.intended_ns
-            moment.ttft.add(first_ns)
-            if record.intended_ns in self.window:
-                self.ttft.add(first_ns)
-                self.ttft_service.add(now_ns - record.started_ns)
+            self._first_token_came(record, moment, now_ns)
         elif record.resumed_at and record.resumed_at[-1] == len(times):
             return  # what piled up while the tester was away says nothing of the endpoint's pace
         else:
-            gap_ns = now_ns - times[-1]
-            moment.itl.add(gap_ns)
-            if times[-1] in self.window:
-                self.itl.add(gap_ns)
-        if count > 1 and now_ns in self.window:
+            before_ns = times[-1]
+            moment.itl.add(now_ns - before_ns)
+            if begin_ns <= before_ns < end_ns:
+                self.itl.add(now_ns - before_ns)
+        if count > 1 and in_window:
             self.itl.add(0, count - 1)
+
+    def _first_token_came(self, record: Record, moment: Moment, now_ns: int) -> None:
+        moment.ttft.add(now_ns - record.intended_ns)
+        if record.intended_ns in self.window:
+            self.ttft.add(now_ns - record.intended_ns)
+            self.ttft_service.add(now_ns - record.started_ns)
 
     def ended(self, record: Record) -> None:
         """The record is complete."""
@@ -172,10 +176,10 @@ class Tally:
             self.itl.add(record.ended_ns - record.token_ns[-1])
 
     def _moment(self, now_ns: int) -> Moment:
-        place = int((now_ns - self.window.run_ns) / 1e9 / self.moment_s)
-        while len(self.moments) <= place:
-            self.moments.append(Moment())
-        return self.moments[max(place, 0)]
+        moments, place = self.moments, (now_ns - self.window.run_ns) // self._moment_ns
+        while len(moments) <= place:
+            moments.append(Moment())
+        return moments[max(place, 0)]
 
 
 def _add(histogram: Histogram, value_ns: float | None) -> None:

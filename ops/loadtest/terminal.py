@@ -51,7 +51,7 @@ def print_summary(console: Console, summary: Summary) -> None:
     for verdict in summary.verdicts:
         console.print(str(verdict), style="green" if verdict.kept else "red", markup=False)
     console.print(_tester(summary), style="dim")
-    for warning in summary.overhead.warnings:
+    for warning in summary.warnings:
         console.print(f"The tester itself was a bottleneck: {warning}.", style="bold red", markup=False)
 
 
@@ -83,7 +83,8 @@ def _rates(summary: Summary) -> Table:
         ("request throughput", f"{_number(summary.request_throughput, 2)} completed/s"),
     ]
     if summary.request_goodput is not None:
-        rows.append(("goodput", f"{_number(summary.request_goodput, 2)} good requests/s"))
+        kept = ", ".join(objective.text for objective in summary.objectives.request)
+        rows.append(("goodput", f"{_number(summary.request_goodput, 2)} completed/s that kept {kept}"))
     rows.append(("most streams open", str(summary.max_concurrent_requests)))
     if summary.reconnects:
         told = f"{summary.reconnects}, {summary.lost} events lost, {summary.doubled} doubled"

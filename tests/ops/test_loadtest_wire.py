@@ -322,7 +322,8 @@ def test_a_search_has_defaults_of_its_own() -> None:
     ("arguments", "told"),
     [
         ([], "Give a URL"),
-        (["--self-test", "http://host"], "no URL"),
+        (["--self-test", "http://host"], "nothing but --json"),
+        (["--self-test", "--streams", "5"], "nothing but --json"),
         (["nonsense"], "is no URL to ask"),
         (["http://host", "--streams", "0"], "no whole number from 1"),
         (["http://host", "--streams", "many"], "no whole number"),
