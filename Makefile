@@ -1,7 +1,8 @@
 # make run    build .venv from requirements.lock and start Sluice on http://127.0.0.1:4001
 # make test   the same with the test tools, then every test that this machine can run; REQUIRE_ALL=1 allows no skip
 # make lint   ruff and mypy --strict          make audit  known vulnerabilities among the pinned packages
-# make bench  the baseline measurements       make lock   pin anew after a change in pyproject.toml
+# make bench  Sluice beside its peers (12 minutes; QUICK=1: less than 2), or with CURVES=1 how the cost grows, and plots
+# make lock   pin anew after a change in pyproject.toml
 
 PYTHON ?= python3
 VENV := .venv
@@ -25,7 +26,7 @@ audit: $(VENV)/dev
 	$(PY) -m pip_audit --require-hashes --disable-pip -r requirements.lock
 
 bench: $(VENV)/dev
-	$(PY) -m ops.bench $(BENCH_ARGS)
+	$(PY) -m ops.bench$(if $(CURVES),.curves,$(if $(QUICK), --quick)) $(BENCH_ARGS)
 
 LOCK := $(PY) -m uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-header --quiet

@@ -12,4 +12,6 @@ peers        nginx, and the FastAPI stack in a venv of its own
 plain_relay  the relay that a tutorial would write with aiohttp
 rig          one relay and one endpoint, and whether their figures can be trusted
 scenarios    what is measured
+curves       how the cost grows with the work, a command of its own
+plots        the curves as SVG
 """

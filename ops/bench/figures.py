@@ -31,7 +31,7 @@ def percentile(values: Iterable[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
-def summary(rounds: Sequence[Figures], metrics: Sequence[Metric]) -> Figures:
+def summary(rounds: Sequence[Figures], metrics: Sequence[Metric] = ()) -> Figures:
     """Each figure's median over the rounds; of faults the most, since a median would hide a single bad round."""
     faults = {metric.key for metric in metrics if metric.fault}
     return {key: (max if key in faults else _median)([figures[key] for figures in rounds]) for key in rounds[0]}

@@ -43,7 +43,7 @@ class Goal:
 def _of(scenario: str, key: str) -> Figure:
     def figure(measured: Measured) -> float:
         rounds = measured.get(scenario, {}).get(_SLUICE)
-        return summary(rounds, SCENARIOS[scenario].metrics)[key] if rounds else math.nan
+        return summary(rounds, SCENARIOS[scenario].metrics).get(key, math.nan) if rounds else math.nan
 
     return figure
 

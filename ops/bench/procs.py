@@ -110,10 +110,15 @@ class Child:
         return self
 
     async def __aexit__(self, exc_type: object = None, *exc_info: object) -> None:
-        for pid in process_tree(self.pid):  # nothing in it is worth a graceful end; the master first
+        tree = process_tree(self.pid)
+        if len(tree) > 1:  # a master ends and reaps its workers; alone, no process holds what a graceful end would save
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_TIMEOUT_S)
+        for pid in tree:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self._process.wait(_STOP_TIMEOUT_S)
+        self._process.wait()
         if exc_type:
             print(f"{' '.join(self._command)} said last:", *self._lines()[-10:], sep="\n", file=sys.stderr)
         self._log.close()

@@ -13,7 +13,7 @@ from ops.bench.peers.nginx import find_nginx, open_nginx
 from ops.bench.procs import Child
 from ops.bench.viewers import Ask, ask_endpoint, ask_relay
 
-__all__ = ["DIRECT", "FASTAPI", "NGINX", "PLAIN", "RELAYS", "SLUICE", "Relay"]
+__all__ = ["DIRECT", "FASTAPI", "NGINX", "PLAIN", "RELAYS", "SLUICE", "Relay", "sluice"]
 
 Open = Callable[[int, int], AbstractAsyncContextManager[Child | None]]  # the endpoint's port and a core to the server
 
@@ -63,19 +63,20 @@ _SLUICE_SETTINGS = {
     "SLUICE_MAX_ANSWER_BYTES": str(1 << 28),
 }
 
-SLUICE = Relay(
-    key="sluice",
-    name="Sluice",
-    open=_python(("run.py",), _SLUICE_SETTINGS),
-    ask=ask_relay,
-    ask_once=partial(ask_relay, resumable=False),
-)
-PLAIN_PATH = replace(
-    SLUICE,
-    key="sluice-plain-path",
-    name="Sluice, plain path",
-    open=_python(("run.py",), _SLUICE_SETTINGS | {"SLUICE_FAST_PATH": "off"}),
-)
+
+def sluice(**settings: str) -> Relay:
+    """Sluice with these settings beside those that every run needs."""
+    return Relay(
+        key="sluice",
+        name="Sluice",
+        open=_python(("run.py",), _SLUICE_SETTINGS | settings),
+        ask=ask_relay,
+        ask_once=partial(ask_relay, resumable=False),
+    )
+
+
+SLUICE = sluice()
+PLAIN_PATH = replace(sluice(SLUICE_FAST_PATH="off"), key="sluice-plain-path", name="Sluice, plain path")
 PLAIN = Relay(
     key="plain",
     name="plain aiohttp",

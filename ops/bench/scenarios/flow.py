@@ -115,6 +115,7 @@ S0 = Scenario(
     _METRICS,
     _run_s0,
     paced=True,
+    without=("plain", "direct"),  # s1 tells of them: they keep up there too
 )
 S1 = Scenario(
     "s1: 200 streams at 50 tokens/s (late: from the endpoint's write to the viewer's read)",

@@ -16,7 +16,7 @@ class Scale:
     """How much of each thing one round does."""
 
     ramp_s: float = 1.0  # between the last stream's opening and the window
-    window_s: float = 6.0
+    window_s: float = 3.5
     s1_streams: int = 200
     s2_streams: int = 1000
     clients: int = 64  # of s3 and req
