@@ -24,13 +24,12 @@ from server.demo.model import DEMO_MODEL_NAME, demo_model
 from server.logs import log_event, logging_to
 from server.relay.desk import Desk
 from server.settings import Settings
-from server.sockets import CannotListen, bind_admin, public_listener, url_of
+from server.sockets import BACKLOG, CannotListen, bind_admin, public_listener, url_of
 from server.systemd import Notifier
 
 __all__ = ["Serving", "open_server", "run", "takes_fast_path"]
 
 _ROOT: Final = Path(__file__).resolve().parent.parent
-_ACCEPTED_AT_ONCE: Final = 4  # connections, before the first of them can be refused
 _FAREWELL: Final = 2.0  # s for viewers to take the last event once the drain is over
 _SPARE_DESCRIPTORS: Final = 64  # listeners, logs, the interpreter's own
 
@@ -122,11 +121,8 @@ async def open_server(
             admin = await stack.enter_async_context(_running(create_admin_app(desk), settings))
             admin_server = await loop.create_server(_server_of(admin), sock=admin_listener)
             stack.callback(admin_server.close)
-        # asyncio means two things by backlog: how long the kernel's queue is (for which server/sockets.py has its own
-        # mind), and how many connections it takes out in one go, before the first of them can be refused.
-        server = await loop.create_server(
-            connections.factory(_server_of(public)), sock=listener, backlog=_ACCEPTED_AT_ONCE
-        )
+        # The loop listens once more, and so has to say how long the queue is.
+        server = await loop.create_server(connections.factory(_server_of(public)), sock=listener, backlog=BACKLOG)
         stack.callback(server.close)
         yield Serving(desk, server, connections, fast_path=fast_path)
 

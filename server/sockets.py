@@ -13,22 +13,14 @@ from typing import Final
 
 from server.settings import Settings
 
-__all__ = ["CannotListen", "bind_admin", "public_listener", "url_of"]
+__all__ = ["BACKLOG", "CannotListen", "bind_admin", "public_listener", "url_of"]
 
-_BACKLOG: Final = 4096  # a storm of reconnecting browsers; the kernel caps it at net.core.somaxconn
+BACKLOG: Final = 4096  # a storm of reconnecting browsers; the kernel caps it at net.core.somaxconn
 
 _FIRST_PASSED_DESCRIPTOR: Final = 3  # sd_listen_fds(3)
 
 # Kernel memory that one reader who takes nothing can hold; the kernel doubles it. The default grows to megabytes.
 _SEND_BUFFER: Final = 64 << 10
-
-
-class _Listener(socket.socket):
-    """A listening socket whose queue has one length, whatever asyncio asks for: while it were shorter, even for a
-    moment, connections that wait for a restart would be refused."""
-
-    def listen(self, backlog: int = 0, /) -> None:
-        super().listen(_BACKLOG)
 
 
 class CannotListen(OSError):
@@ -84,7 +76,7 @@ def _is_passed(environment: Mapping[str, str]) -> bool:
 
 def _take_passed() -> socket.socket:
     try:
-        listener = _Listener(fileno=_FIRST_PASSED_DESCRIPTOR)
+        listener = socket.socket(fileno=_FIRST_PASSED_DESCRIPTOR)
         listener.set_inheritable(False)  # systemd passed it to us, not to our children
     except OSError as exc:
         raise CannotListen(f"cannot listen on the passed descriptor 3: {exc.strerror}") from exc
@@ -101,7 +93,7 @@ def _bind_tcp(host: str, port: int) -> socket.socket:
     except OSError as exc:
         raise CannotListen(f"cannot listen on {host}: {exc.strerror or exc}") from exc
     try:
-        listener = _Listener(family, kind, protocol)
+        listener = socket.socket(family, kind, protocol)
     except OSError as exc:  # a kernel or a sandbox without IPv6
         raise CannotListen(f"cannot listen on {host}: {exc.strerror or exc}") from exc
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for TIME_WAIT
@@ -113,7 +105,7 @@ def _bind_unix(path: str) -> socket.socket:
     if _is_stale(path):
         with contextlib.suppress(OSError):
             os.unlink(path)
-    return _listen(_Listener(socket.AF_UNIX, socket.SOCK_STREAM), path, path)
+    return _listen(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), path, path)
 
 
 def _listen(listener: socket.socket, name: str, address: str | tuple[object, ...] | None = None) -> socket.socket:
@@ -123,7 +115,7 @@ def _listen(listener: socket.socket, name: str, address: str | tuple[object, ...
             listener.bind(address)
             if listener.family == socket.AF_UNIX:
                 os.chmod(name, 0o660)  # before anybody can connect
-        listener.listen()
+        listener.listen(BACKLOG)
         listener.setblocking(False)
     except OSError as exc:
         listener.close()

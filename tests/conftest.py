@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 import pytest
+import uvloop
 
 from server.main import Serving, open_server
 from server.relay.desk import Desk
@@ -15,6 +17,11 @@ from server.settings import read_settings
 from server.sockets import public_listener, url_of
 from tests.sluice_process import SluiceProcess
 from tests.upstream_sim import ScriptedUpstream
+
+
+def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The loop that Sluice runs on."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture

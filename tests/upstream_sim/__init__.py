@@ -12,7 +12,7 @@ import json
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 from multidict import CIMultiDict
 
@@ -172,8 +172,7 @@ class _Connection(asyncio.Protocol):
         self.drained.set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)  # uvloop registers no base class
         self._upstream.connections += 1
         self._upstream.open_connections.add(self)
 
