@@ -1,9 +1,9 @@
 """An HTTP/1.1 response: bytes to head and payload, cut anywhere (RFC 9112). No I/O.
 
-Why not aiohttp's client, which the server uses: with it a token cost the tester 30 µs, with this 17 (100 streams of 50
-tokens a second, uvloop, loopback), most of the rest being the kernel's. A tester that costs more than the server
-under test measures itself. Besides, the time of arrival is taken in the very call in which the socket was read,
-not in a task that was woken later.
+Why not aiohttp's client, which the server uses: a prototype of each, reading the same 100 streams of 50 tokens a second
+over loopback on uvloop, cost 30 µs of processor time a token with it and 17 without (11 are the kernel's and the
+loop's). A tester that costs more than the server under test measures itself. Besides, the time of arrival is taken
+in the very call in which the socket was read, not in a task that was woken later.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ class Display:
         every_s = _EVERY_S if self._drawer else _PLAIN_EVERY_S
         while True:
             await asyncio.sleep(every_s)
-            state = _state(run, title, (run.tally.tokens - tokens) / every_s)
-            tokens = run.tally.tokens
+            state = _state(run, title, (run.tally.all_tokens - tokens) / every_s)
+            tokens = run.tally.all_tokens
             if self._drawer:
                 self._send(state)
             else:

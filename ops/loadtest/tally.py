@@ -75,6 +75,7 @@ class Tally:
         self.codes: Counter[tuple[Outcome, int, str]] = Counter()
         self.good = 0  # of those whose outcome is counted
         self.tokens = 0  # in the window
+        self.all_tokens = 0  # of the whole run
         self.prompt_tokens = self.completion_tokens = 0  # as reported, of the requests that ended in the window
         self.completed_in_window = self.good_in_window = 0
         self.open_streams = self.most_open_streams = 0
@@ -102,6 +103,7 @@ class Tally:
         begin_ns, end_ns = window.begin_ns, window.end_ns
         in_window = begin_ns <= now_ns < end_ns
         moment.tokens += count
+        self.all_tokens += count
         if in_window:
             self.tokens += count
         if not times:
