@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ops.loadtest.answers import AnswerReader, OpenAIReader, Said, SluiceReader, refusal_code
@@ -15,6 +16,7 @@ from ops.loadtest.options import BadOptions, Options, read_options
 from ops.loadtest.prompts import BadPrompts, Prompt, read_prompts
 from ops.loadtest.target import BadTarget, Kind, read_target
 from server.wire.sse import EventStreamParser
+from tests.sluice_process import ROOT
 
 # ---- HTTP/1.1
 
@@ -89,6 +91,7 @@ def test_what_is_no_response_is_refused(response: bytes) -> None:
         ResponseParser().feed(response)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.binary(max_size=300))
 def test_no_bytes_break_the_parser_otherwise(data: bytes) -> None:
     parser = ResponseParser()
@@ -374,3 +377,13 @@ def test_the_key_comes_from_a_file_or_the_environment_and_shows_nowhere(tmp_path
         assert b"Authorization: Bearer sk-secret\r\n" in read.target.request(Prompt("q"))
         assert "sk-secret" not in repr(read)
     assert options("http://h", "--api-key", "sk-secret").command == "python -m ops.loadtest http://h --api-key '***'"
+
+
+def test_the_tester_shares_nothing_with_the_server_but_the_parser_of_event_streams() -> None:
+    """What it finds wrong must not be wrong in both."""
+    imported = {
+        name
+        for path in (ROOT / "ops" / "loadtest").glob("*.py")
+        for name in re.findall(r"^(?:from|import) (server[.\w]*)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert imported == {"server.wire.sse"}
