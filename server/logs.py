@@ -6,6 +6,7 @@ A line never holds a prompt, an answer, a secret, or the text of an exception (w
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import logging.handlers
@@ -25,14 +26,20 @@ __all__ = ["JsonFormatter", "TextFormatter", "log_event", "logging_to"]
 _FIELDS: Final = "sluice_fields"  # where a record keeps its fields
 _MAX_WAITING: Final = 10_000  # lines held while stderr's reader is slow; more are dropped and counted
 _LAST_LINES: Final = 1.0  # s that the end of the process waits for stderr's reader
+_GATHER: Final = 0.02  # s in which lines come together to be written at once; a thread that wakes for each costs more
+_encode: Final = json.JSONEncoder(default=str).encode
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_.:/@+\-\[\]]+")
+
+
+_Lines = queue.SimpleQueue[logging.LogRecord | None]  # None is the end
 
 
 def log_event(logger: logging.Logger, level: int, event: str, **fields: Any) -> None:
     """Log ``event`` with its fields; a field that is None is left out."""
     if logger.isEnabledFor(level):
         present = {name: value for name, value in fields.items() if value is not None}
-        logger.log(level, event, extra={_FIELDS: present})
+        # Not logger.log: it would walk the stack to learn which line called, and no line of ours tells that.
+        logger.handle(logger.makeRecord(logger.name, level, "", 0, event, (), None, extra={_FIELDS: present}))
 
 
 @contextmanager
@@ -46,7 +53,7 @@ def logging_to(stream: TextIO | None, *, form: str, level: str) -> Iterator[None
     with contextlib.ExitStack() as stack:
         if stream is None:  # takes the number 2, too: what prints to stderr in C must not print into a client's socket
             stream = stack.enter_context(open(os.devnull, "w", encoding="ascii"))
-        lines: queue.Queue[logging.LogRecord | None] = queue.Queue(_MAX_WAITING)
+        lines: _Lines = queue.SimpleQueue()
         handler = _NeverBlocking(lines)
         handler.addFilter(_soften_bad_requests)
         stack.enter_context(_handling_all(handler, level))
@@ -71,8 +78,8 @@ def _handling_all(handler: logging.Handler, level: str) -> Iterator[None]:
 
 
 @contextmanager
-def _writing(lines: queue.Queue[logging.LogRecord | None], descriptor: int, form: logging.Formatter) -> Iterator[None]:
-    """A thread writes what is queued. At the end it has a moment for what is left, but a reader that takes nothing
+def _writing(lines: _Lines, descriptor: int, form: logging.Formatter) -> Iterator[None]:
+    """A thread writes what is queued, some lines at a time. At the end it has a moment for what is left, but a reader that takes nothing
     does not keep the process.
 
     It writes to the descriptor and not through ``sys.stderr``: stuck in there it would hold that stream's lock, which
@@ -80,18 +87,28 @@ def _writing(lines: queue.Queue[logging.LogRecord | None], descriptor: int, form
     """
 
     def write() -> None:
-        while (record := lines.get()) is not None:
-            with contextlib.suppress(Exception):  # a line that cannot be formatted or written is lost, the next may go
-                _write_all(descriptor, f"{form.format(record)}\n".encode("ascii", "backslashreplace"))
+        record = lines.get()
+        while record is not None:
+            time.sleep(_GATHER)
+            text: list[str] = []
+            while record is not None:
+                with contextlib.suppress(Exception):  # a line that cannot be formatted is lost, the next may go
+                    text.append(f"{form.format(record)}\n")
+                if lines.empty():
+                    break
+                record = lines.get()
+            with contextlib.suppress(Exception):  # likewise what cannot be written
+                _write_all(descriptor, "".join(text).encode("ascii", "backslashreplace"))
+            if record is not None:
+                record = lines.get()
 
     thread = threading.Thread(target=write, name="log writer", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        with contextlib.suppress(queue.Full):
-            lines.put(None, timeout=_LAST_LINES)
-            thread.join(_LAST_LINES)
+        lines.put(None)
+        thread.join(_LAST_LINES)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
@@ -103,23 +120,24 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 class _NeverBlocking(logging.handlers.QueueHandler):
-    """Queues records for the writing thread; drops and counts what a full queue cannot take."""
+    """Queues records for the writing thread; drops and counts those that are too many."""
 
-    def __init__(self, lines: queue.Queue[logging.LogRecord | None]) -> None:
+    def __init__(self, lines: _Lines) -> None:
         super().__init__(lines)
+        self._lines = lines
         self._dropped = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         return record  # same process: the formatter may run later, on the record itself
 
     def enqueue(self, record: logging.LogRecord) -> None:
+        if self._lines.qsize() >= _MAX_WAITING:
+            self._dropped += 1
+            return
         if self._dropped:
             setattr(record, _FIELDS, getattr(record, _FIELDS, {}) | {"lines_dropped_before": self._dropped})
-        try:
-            super().enqueue(record)
             self._dropped = 0
-        except queue.Full:
-            self._dropped += 1
+        self._lines.put(record)
 
 
 def _soften_bad_requests(record: logging.LogRecord) -> bool:
@@ -135,9 +153,8 @@ def _soften_bad_requests(record: logging.LogRecord) -> bool:
 
 def _read(record: logging.LogRecord) -> dict[str, Any]:
     """A record as the fields of its line."""
-    created = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
     line: dict[str, Any] = {
-        "time": f"{created}.{int(record.msecs):03d}Z",
+        "time": f"{_second(int(record.created))}.{int(record.msecs):03d}Z",
         "level": record.levelname.lower(),
         # The first line only: asyncio goes on with the repr of a task, and that with the text of its exception.
         "event": record.getMessage().partition("\n")[0],
@@ -152,6 +169,11 @@ def _read(record: logging.LogRecord) -> dict[str, Any]:
             f"{frame.filename.rpartition('/server/')[2]}:{frame.lineno} {frame.name}" for frame in frames[-8:]
         ]
     return line
+
+
+@functools.lru_cache(maxsize=2)
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 class JsonFormatter(logging.Formatter):
@@ -177,4 +199,4 @@ def _plain(value: Any) -> str:
 
 def _json(value: Any) -> str:
     """``value`` as JSON in printable ASCII: what JSON itself leaves of the control characters is DEL."""
-    return json.dumps(value, default=str).replace("\x7f", "\\u007f")
+    return _encode(value).replace("\x7f", "\\u007f")

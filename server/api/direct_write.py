@@ -13,12 +13,13 @@ import asyncio
 from typing import Final, cast
 
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http import StreamWriter
 
 __all__ = ["DirectWriter", "HeadWithFirstEvent", "works"]
 
-_AT_ONCE: Final = 64 << 10  # bytes; more goes out in pieces, as the client takes them
+_AT_ONCE: Final = 16 << 10  # bytes; more goes out as the client takes it, lest a stuck one holds much of our memory
 
 
 class HeadWithFirstEvent(web.StreamResponse):
@@ -28,21 +29,28 @@ class HeadWithFirstEvent(web.StreamResponse):
 
 
 class DirectWriter:
-    """Writes chunks to the connection of ``request``, whose response is chunked and has begun."""
+    """Writes chunks to a connection on which a chunked response has begun; ``writer`` is aiohttp's own for it."""
 
-    __slots__ = ("_protocol", "_transport")
+    __slots__ = ("_protocol", "_transport", "_writer")
 
-    def __init__(self, protocol: BaseProtocol, transport: asyncio.Transport) -> None:
+    def __init__(self, protocol: BaseProtocol, transport: asyncio.Transport, writer: AbstractStreamWriter) -> None:
         self._protocol = protocol
         self._transport = transport
+        self._writer = writer
 
     def write(self, data: bytes) -> bool:
         """Send ``data`` as a chunk (RFC 9112 §7.1); false, and nothing is sent, where that is aiohttp's to do: the
-        client lags or has gone, or it is too much at once. The hot path."""
-        if self._protocol.writing_paused or len(data) > _AT_ONCE or self._transport.is_closing():
+        client lags or has gone, or it is too much at once, or nothing, which would be the last chunk. The hot path."""
+        size = len(data)
+        if not 0 < size <= _AT_ONCE or self._protocol.writing_paused or self._transport.is_closing():
             return False
-        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self._transport.write(b"%x\r\n%b\r\n" % (size, data))
         return True
+
+    async def drain(self) -> None:
+        """Wait while the client lags: aiohttp counts only what it wrote itself."""
+        if self._protocol.writing_paused:
+            await self._writer.drain()
 
 
 # ---- Whether it works
@@ -80,9 +88,9 @@ async def _try() -> bool:
         usual = StreamWriter(protocol, loop)
         usual.enable_chunking()
         if direct:
-            DirectWriter(protocol, wire).write(b"event")
+            DirectWriter(protocol, wire, usual).write(b"event")
             protocol.pause_writing()
-            if DirectWriter(protocol, wire).write(b"too much"):
+            if DirectWriter(protocol, wire, usual).write(b"too much"):
                 return False
             protocol.resume_writing()
         else:

@@ -10,6 +10,7 @@ import termios
 from typing import Final
 
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 from multidict import CIMultiDict
 
 from server.api.direct_write import DirectWriter, HeadWithFirstEvent
@@ -40,7 +41,7 @@ async def show(request: web.Request, desk: Desk, stream: Stream, *, after: int |
             # 200 goes out before the upstream has answered: a slow first token is no failure.
             writer = await response.prepare(request)
             if direct and writer is not None:
-                connection.write_directly()
+                connection.write_directly(writer)
                 if viewer.level:  # nothing that the head could go out with
                     writer.send_headers()
             await viewer.follow()
@@ -85,12 +86,14 @@ class _ResponseConnection:
         self._response = response
         self._direct: DirectWriter | None = None
 
-    def write_directly(self) -> None:
-        """Take the short way where there is no need to wait; the response has begun."""
+    def write_directly(self, writer: AbstractStreamWriter) -> None:
+        """Take the short way where there is no need to wait; the response has begun, with that ``writer``."""
         if self._request.transport is not None:
-            self._direct = DirectWriter(self._request.protocol, self._request.transport)
+            self._direct = DirectWriter(self._request.protocol, self._request.transport, writer)
 
     async def write(self, data: bytes) -> None:
+        if self._direct is not None:
+            await self._direct.drain()
         await self._response.write(data)
 
     def write_now(self, data: bytes) -> bool:

@@ -269,16 +269,22 @@ class Desk:
         One that is read is forgotten as soon as its readers have been dropped: each of them can hold the whole of it
         for as long as it likes."""
         over = self._kept_bytes - _KEPT_BYTES
-        for stream_id in list(self._kept)[:-1] if over > 0 else ():
-            stream = self._streams[stream_id]
-            over -= self._kept[stream_id]
-            stream.life.give_up()
-            for read, connection in list(self._viewers.values()):
-                if read is stream:
-                    connection.abort()
-            self._attend(stream)
-            if over <= 0:
+        last = next(reversed(self._kept))
+        surplus = []
+        for stream_id, size in self._kept.items():  # no further than it takes: there may be many thousands
+            if over <= 0 or stream_id == last:
                 break
+            surplus.append(self._streams[stream_id])
+            over -= size
+        for stream in surplus:
+            if stream.life.given_up:
+                continue  # its readers are on their way
+            stream.life.give_up()
+            if stream.life.viewers:
+                for read, connection in list(self._viewers.values()):
+                    if read is stream:
+                        connection.abort()
+            self._attend(stream)
 
     def _set_timer(self, stream: Stream) -> None:
         if stream.timer is not None:

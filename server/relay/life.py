@@ -114,6 +114,11 @@ class Life:
         self._kept_until = self._clock() + self._window
         self.due_at = None if self.viewers else self._kept_until
 
+    @property
+    def given_up(self) -> bool:
+        """Whether its window was cut short."""
+        return not self.running and self._kept_until == -math.inf
+
     def give_up(self) -> None:
         """Cut its window short: it is to be forgotten as soon as nobody reads it."""
         self._kept_until = -math.inf

@@ -84,10 +84,8 @@ class ReplayLog:
     def publish(self) -> None:
         """Tell the viewers of everything appended since they were told last: once a batch, however many events it
         has."""
-        if self._listeners:
+        if self._told < len(self._bytes) or self.ended:
             self._tell(bytes(self._bytes[self._told :]))
-        else:
-            self._told = len(self._bytes)
 
     def extend(self, events: Sequence[bytes]) -> None:
         """Add a batch of events and tell the viewers; as :meth:`append` of each and :meth:`publish`, at less cost.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 from typing import Final
@@ -73,6 +74,7 @@ def _is_trusted(peer: str, trusted: TrustedProxies) -> bool:
     return address is not None and address in trusted
 
 
+@functools.lru_cache(maxsize=4096)  # a proxy's own address comes with every request
 def _parse(text: str) -> Address | None:
     if match := _WITH_PORT.fullmatch(text):
         text = match[1] or match[2]
@@ -85,6 +87,7 @@ def _parse(text: str) -> Address | None:
     return address
 
 
+@functools.lru_cache(maxsize=4096)
 def _name(address: Address | None) -> str | None:
     """One IPv6 customer has a whole /64: by single address a client would have 2^64 buckets."""
     if isinstance(address, ipaddress.IPv6Address):
