@@ -222,7 +222,13 @@ class TrustedProxies:
     unix: bool
 
     def __contains__(self, address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-        return any(address in network for network in self.networks)
+        # Not ``address in network``, which makes objects on the way: it is asked for every request.
+        number = int(address)
+        return any(
+            number & int(network.netmask) == int(network.network_address)
+            for network in self.networks
+            if network.version == address.version
+        )
 
     def __str__(self) -> str:
         return ",".join([*map(str, self.networks), *(["unix"] if self.unix else [])])

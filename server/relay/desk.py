@@ -8,6 +8,7 @@ import math
 import random
 import secrets
 import time
+from base64 import urlsafe_b64encode
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from server.wire.chat import ChatRequest
 __all__ = ["Desk", "DeskLimits", "Stream"]
 
 _ID_BYTES: Final = 16  # 128 random bits: nobody guesses a stream; every event carries its 22 characters
+_IDS_AT_ONCE: Final = 64
 _RETRY_SOON: Final = 5  # s, told to those refused for want of a place; when one gets free nobody knows
 _RETRY_SPREAD_MS: Final = (1000, 5000)  # over which viewers come back to a server that was restarted
 
@@ -83,6 +85,7 @@ class Desk:
         self._source = source
         self._limits = limits
         self._clock = clock
+        self._ids = _unguessable_ids()
         self._streams: dict[str, Stream] = {}  # all that can be found, by id
         self._kept: dict[str, int] = {}  # the bytes of those that have ended, the first to end first
         self._kept_bytes = 0
@@ -121,7 +124,7 @@ class Desk:
         ``reservation`` is what it may spend of the client's LLM tokens.
         """
         answer = Answer(
-            secrets.token_urlsafe(_ID_BYTES),
+            next(self._ids),
             request,
             self._source,
             self._limits,
@@ -293,6 +296,14 @@ class Desk:
         due_at = stream.life.due_at
         if due_at is not None and due_at < math.inf:
             stream.timer = asyncio.get_running_loop().call_at(due_at, self._attend, stream)
+
+
+def _unguessable_ids() -> Iterator[str]:
+    """Random ids as :func:`secrets.token_urlsafe` makes them; the kernel is asked once for many of them."""
+    while True:
+        bits = secrets.token_bytes(_ID_BYTES * _IDS_AT_ONCE)
+        for start in range(0, len(bits), _ID_BYTES):
+            yield urlsafe_b64encode(bits[start : start + _ID_BYTES]).rstrip(b"=").decode("ascii")
 
 
 def _spread_return(viewer: Viewer) -> None:

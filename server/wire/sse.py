@@ -85,6 +85,24 @@ class EventStreamParser:
         Time is linear in the bytes fed; what is kept is bounded by ``max_event_bytes``, comments not counted.
         Raises EventTooLarge past the bound, with the events before it; the parser is of no use afterwards.
         """
+        if self.between_events and b"\r" not in data and len(data) <= self._max_event_bytes:
+            return self._feed_blocks(data)
+        return self._feed_lines(data)
+
+    def _feed_blocks(self, data: bytes) -> list[ServerSentEvent]:
+        """As :meth:`feed`, between events, with no CR and within the bound: nearly all streams look like that."""
+        *blocks, rest = data.split(b"\n\n")
+        events: list[ServerSentEvent] = []
+        for block in blocks:
+            if block.startswith(b"data: ") and b"\n" not in block:
+                events.append(ServerSentEvent(block[6:], b"message", self._last_event_id))
+            else:
+                events += self._feed_lines(block + b"\n\n")
+        if rest:
+            events += self._feed_lines(rest)
+        return events
+
+    def _feed_lines(self, data: bytes) -> list[ServerSentEvent]:
         if self._after_cr and data:
             self._after_cr = False
             if data[0] == 0x0A:
