@@ -22,6 +22,7 @@ from ops.bench.rig import open_rig
 from ops.bench.scenarios import DOUBTS, FULL, QUICK, SCENARIOS, Scale, Scenario
 from ops.bench.viewers import ViewerFailed
 
+_FULL_ONLY = ("s0", "kept")
 _COMPARED = ("sluice", "plain", "nginx", "fastapi", "direct")
 
 
@@ -84,7 +85,9 @@ def parse_arguments() -> argparse.Namespace:
         prog="python -m ops.bench", description="Measures the relay over loopback (Linux)."
     )
     parser.add_argument(
-        "scenario", nargs="*", help=f"which to run: {', '.join(SCENARIOS)} (default: all; quick: all but s0)"
+        "scenario",
+        nargs="*",
+        help=f"which to run: {', '.join(SCENARIOS)} (default: all; quick: without {' and '.join(_FULL_ONLY)})",
     )
     parser.add_argument("--quick", action="store_true", help="one round with shorter windows")
     parser.add_argument("--rounds", type=int, help="rounds of which the median is told (default: 3, quick: 1)")
@@ -126,7 +129,7 @@ def main() -> int:
         "scale": dataclasses.asdict(scale),
         "scenarios": {},
     }
-    for name in arguments.scenario or [name for name in SCENARIOS if not arguments.quick or name != "s0"]:
+    for name in arguments.scenario or [name for name in SCENARIOS if not arguments.quick or name not in _FULL_ONLY]:
         measured[name] = measure(SCENARIOS[name], relays, scale, rounds, cores)
         print(f"\n{show(SCENARIOS[name], measured[name])}", flush=True)
     told = verdicts({name: results.rounds for name, results in measured.items()})

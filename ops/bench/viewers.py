@@ -244,15 +244,12 @@ class Client(_Reader):
         self._leaving = True
         self._transport.abort()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._next()
-
     def connection_lost(self, exc: Exception | None) -> None:
         if not self._leaving:
             self._fail(f"the connection was lost: {exc}")
 
-    def _next(self) -> None:
+    def ask(self) -> None:
+        """Ask the next question."""
         stream = next(self._streams)
         self._ask(self._question(f"id={stream} tokens={self._tokens} rate=0"), stream)
 
@@ -264,7 +261,7 @@ class Client(_Reader):
         if self._record.recording:
             self._record.answers += 1
         if not self.failure and not self._leaving:
-            self._next()
+            self.ask()
 
     def _fail(self, failure: str) -> None:
         super()._fail(failure)
@@ -294,4 +291,6 @@ async def open_clients(port: int, ask: Ask, count: int, tokens: int, record: Rec
     async with asyncio.timeout(_OPENING_TIMEOUT_S):
         for client in clients:
             await loop.create_connection(lambda client=client: client, "127.0.0.1", port)  # type: ignore[misc]
+    for client in clients:  # all of them are there: none has to connect to a server that the others keep busy
+        client.ask()
     return clients

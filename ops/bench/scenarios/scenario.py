@@ -28,7 +28,7 @@ class Scale:
 
 
 FULL = Scale()
-QUICK = Scale(ramp_s=0.4, window_s=1.6, ttft_requests=60, memory_streams=1000, kept_answers=200)
+QUICK = Scale(ramp_s=0.3, window_s=1.2, ttft_requests=40, memory_streams=800)
 
 
 @dataclass(frozen=True, slots=True)
