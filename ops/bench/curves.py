@@ -54,7 +54,9 @@ _TOKENS_PER_S: Final = 5_000  # together; half of what fills the core, so that n
 def measure_streams(relay: Relay, cores: Cores) -> Points:
     """The same number of tokens a second, spread over more and more streams: what is left is what a stream costs.
 
-    Few fast streams have the caches for themselves and their tokens may share a read; ``tokens_per_read`` tells."""
+    It is not all that differs. A server that is woken up for each token pays for that too, and thousands of streams
+    make the rig's ticks longer, so that more tokens leave in one: ``tokens_per_wake_up`` tells, and nginx's curve shows
+    what that alone does. ``tokens_per_read`` tells whether tokens of one stream shared a read."""
     return [_flow(relay, cores, streams, _TOKENS_PER_S / streams) for streams in (10, 100, 1000, 5000)]
 
 

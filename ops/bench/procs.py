@@ -37,6 +37,7 @@ __all__ = [
     "memory",
     "process_tree",
     "raise_descriptor_limit",
+    "wake_ups",
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,6 +186,17 @@ def cpu_seconds(pid: int) -> float:
             with contextlib.suppress(OSError):
                 total_ns += int((thread / "schedstat").read_text().split()[0])
     return total_ns / 1e9
+
+
+def wake_ups(pid: int) -> int:
+    """How often threads of the process tree went to sleep of their own accord so far, and so were woken up again."""
+    total = 0
+    for process in process_tree(pid):
+        for thread in _threads(process):
+            with contextlib.suppress(OSError):
+                told = re.search(r"^voluntary_ctxt_switches:\s*(\d+)", (thread / "status").read_text(), re.MULTILINE)
+                total += int(told[1]) if told else 0
+    return total
 
 
 def idle_seconds(core: int) -> float:

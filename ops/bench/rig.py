@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from ops.bench.figures import Figures
-from ops.bench.procs import Child, Cores, cpu_seconds, idle_seconds
+from ops.bench.procs import Child, Cores, cpu_seconds, idle_seconds, wake_ups
 from ops.bench.relays import Relay
 from ops.bench.viewers import Ask
 
@@ -43,6 +43,7 @@ class Rig:
         server = self.server.pid if self.server else 0
         began, rig_used = time.monotonic(), self._own_seconds()
         used = cpu_seconds(server) if server else _NOTHING
+        woken = wake_ups(server) if server else 0
         idle = idle_seconds(self.server_core)
 
         def told() -> Figures:
@@ -52,6 +53,7 @@ class Rig:
             return {
                 "wall_s": wall_s,
                 "cpu_s": cpu_s,
+                "wake_ups": float(wake_ups(server) - woken) if server else _NOTHING,
                 "server_core_percent": 100 * cpu_s / wall_s,
                 "others_percent": 100 * others_s / wall_s,
                 "rig_core_percent": 100 * (self._own_seconds() - rig_used) / wall_s,

@@ -14,6 +14,7 @@ from ops.bench.viewers import Record, Viewer, ViewerFailed, open_viewers
 __all__ = ["S0", "S1", "S2", "STARVE", "flow"]
 
 _OPENED_PER_S = 600  # streams; about half of what an ordinary relay can open
+_MARGIN_S = 2.0  # that a stream lives longer than its window
 _GREEDY_RATE = 200_000  # tokens per second of one stream, about what a whole core can relay
 
 
@@ -40,7 +41,7 @@ async def _run_starve(rig: Rig, scale: Scale) -> Figures:
     """The figures are those of the ordinary streams; of the greedy one, how much it got."""
     rate, record, greedy = 50, Record(), Record(timed=False)
     viewers = await _open(rig, scale, scale.s1_streams, rate, record)
-    tokens = int((2 + scale.ramp_s + scale.window_s) * _GREEDY_RATE)
+    tokens = int((scale.ramp_s + scale.window_s + _MARGIN_S) * _GREEDY_RATE)
     stream = scale.s1_streams
     viewers += await open_viewers(
         rig.port, rig.ask, [(stream, f"id={stream} tokens={tokens} rate={_GREEDY_RATE}")], greedy
@@ -53,7 +54,7 @@ async def _run_starve(rig: Rig, scale: Scale) -> Figures:
 async def _open(rig: Rig, scale: Scale, streams: int, rate: float, record: Record) -> list[Viewer]:
     opening_s = 0.5 + streams / _OPENED_PER_S
     start = time.monotonic() + opening_s
-    tokens = int((opening_s + scale.ramp_s + scale.window_s) * rate)
+    tokens = int((opening_s + scale.ramp_s + scale.window_s + _MARGIN_S) * rate)
     words = f"tokens={tokens} rate={rate} start={start:.3f}"
     # Evenly spread over a token's interval: streams in step would be read together, and look cheaper than they are.
     prompts = [(stream, f"id={stream} {words} phase={stream * 0.618 % 1:.3f}") for stream in range(streams)]
@@ -80,7 +81,11 @@ async def _watch(rig: Rig, scale: Scale, viewers: Sequence[Viewer], records: Seq
     tokens = sum(record.tokens for record in records)
     if not tokens:
         raise RuntimeError("no token arrived in the window")
-    return figures | {"us_per_token": 1e6 * figures["cpu_s"] / tokens, "wrong": float(wrong)}
+    return figures | {
+        "us_per_token": 1e6 * figures["cpu_s"] / tokens,
+        "tokens_per_wake_up": tokens / max(figures["wake_ups"], 1),  # what the server's one look at its sockets finds
+        "wrong": float(wrong),
+    }
 
 
 def _told(record: Record, nominal_tokens: float) -> Figures:
