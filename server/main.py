@@ -49,7 +49,7 @@ _log = logging.getLogger("sluice.process")
 def run(settings: Settings, environment: Mapping[str, str]) -> int:
     """Serve until a signal; returns the exit status: 0, or 1 where an address could not be had."""
     _fill_standard_streams()
-    _collect_seldom()
+    gc.freeze()  # what has been loaded lives as long as the process: the collector need not look at it again
     with logging_to(sys.stderr, form=settings.log_format, level=settings.log_level):
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -65,13 +65,6 @@ def _fill_standard_streams() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
-
-
-def _collect_seldom() -> None:
-    """Spare Python's collector what lives as long as the process, and let it look for cycles after 10,000 new objects
-    and not after 700: a busy server makes that many in a hundredth of a second, nearly all of them in no cycle."""
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 20)
 
 
 async def takes_fast_path(settings: Settings) -> bool:

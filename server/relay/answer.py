@@ -58,9 +58,9 @@ class AnswerLimits(Protocol):
 class Answer:
     """Asks ``source`` and writes what comes into ``log``; viewers read the log and know nothing of the source.
 
-    ``run`` is the whole of it: cancelling the task that runs it closes the upstream request, and however it ends the
-    log gets a last event and ``life`` its outcome, once; then ``on_end`` is called. ``reservation`` bounds the LLM
-    tokens that it may generate, and is settled at its end. ``clock`` gives seconds that only go forward.
+    :meth:`start` is the whole of it: cancelling its task closes the upstream request, and however it ends the log gets
+    a last event and ``life`` its outcome, once; then ``on_end`` is called. ``reservation`` bounds the LLM tokens that
+    it may generate, and is settled at its end. ``clock`` gives seconds that only go forward.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class Answer:
         self._finish_reason: str | None = None
         self._usage = Usage(None, None)
         self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None  # for the whole answer's time
         self.log.extend([self._encoder.start(0, self.model)])
 
     @property
@@ -106,7 +107,11 @@ class Answer:
 
     def start(self) -> asyncio.Task[None]:
         """Begin, in a task of its own: an answer does not hang on any viewer's connection."""
-        self._task = asyncio.create_task(self.run(), name=f"answer {self.id}")
+        self._task = asyncio.create_task(self._run(), name=f"answer {self.id}")
+        self._task.add_done_callback(self._let_go)
+        # Not asyncio.timeout: its scope keeps the task, and with that a cancelled answer would be a cycle of objects that
+        # only a pause for the garbage collector frees.
+        self._timer = asyncio.get_running_loop().call_later(self._limits.stream_timeout, self._run_out_of_time)
         return self._task
 
     def stop(self, outcome: Outcome) -> None:
@@ -118,28 +123,30 @@ class Answer:
             self._complete(outcome, finish_reason="cancelled")
         else:
             self._fail(Interrupted(), outcome)
-        if self._task is not None:
-            self._task.cancel()
+        self._cancel()
 
-    async def run(self) -> None:
+    async def _run(self) -> None:
         """Relay the answer to its end. Raises nothing but CancelledError."""
         try:
-            async with asyncio.timeout(self._limits.stream_timeout) as whole:
-                await self._source.relay(self.request, self)
+            await self._source.relay(self.request, self)
         except asyncio.CancelledError:
             self._fail(Interrupted())
             raise
-        except TimeoutError:
-            if whole.expired():
-                self._run_out_of_time()
-            else:
-                self._fail_by_bug()
         except RelayError as error:
             self._fail(error)
         except Exception:
-            self._fail_by_bug()
+            _log.exception("answer_failed")
+            self._fail(InternalError())
         finally:
             self._fail(InternalError())  # where the source returned, and said neither how it ended nor why not
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _let_go(self, task: asyncio.Task[None]) -> None:
+        """A cancelled task holds the frames that it was in, and these the answer."""
+        self._task = None
 
     # ---- What comes from the source: the answer is the ChunkSink
 
@@ -232,13 +239,12 @@ class Answer:
             self._complete()
         else:
             self._fail(StreamTimeout())
-
-    def _fail_by_bug(self) -> None:
-        _log.exception("answer_failed")
-        self._fail(InternalError())
+        self._cancel()
 
     def _end(self, outcome: Outcome, *last: bytes) -> None:
         self.life.end(outcome)
+        if self._timer is not None:
+            self._timer.cancel()
         self.duration = self._clock() - self._began_at
         # At once, and not when the task is over: the client's next request may be here before the upstream's connection
         # is tidied up.

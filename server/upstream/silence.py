@@ -18,12 +18,15 @@ class SilenceDeadline:
 
     def __init__(self, *, first: float, idle: float) -> None:
         self._loop = asyncio.get_running_loop()
-        self._scope = asyncio.timeout(None)
+        self._scope: asyncio.Timeout | None = asyncio.timeout(None)
         self._first = first
         self._idle = idle
         self.deadline = 0.0  # s, loop clock
+        self.expired = False  # known at the end
 
     async def __aenter__(self) -> SilenceDeadline:
+        if self._scope is None:
+            raise RuntimeError("a deadline can be entered once")
         await self._scope.__aenter__()
         self.deadline = self._loop.time() + self._first
         self._set_timer(self.deadline)
@@ -33,7 +36,12 @@ class SilenceDeadline:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._timer.cancel()
-        await self._scope.__aexit__(exc_type, exc, traceback)
+        scope, self._scope = self._scope, None
+        if scope is not None:  # and is forgotten: it keeps the task, and who keeps us would be part of a cycle
+            try:
+                await scope.__aexit__(exc_type, exc, traceback)
+            finally:
+                self.expired = scope.expired()
 
     def heard(self) -> None:
         """Content has come: the idle time starts anew."""
@@ -44,12 +52,8 @@ class SilenceDeadline:
             self._set_timer(deadline)
         self.deadline = deadline
 
-    @property
-    def expired(self) -> bool:
-        return self._scope.expired()
-
     def _wake(self) -> None:
-        if self._loop.time() >= self.deadline:
+        if self._scope is not None and self._loop.time() >= self.deadline:
             self._scope.reschedule(self._loop.time())
         else:
             self._set_timer(self.deadline)

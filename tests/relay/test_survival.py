@@ -246,11 +246,10 @@ class Model:
             outcome = _outcome_of(script.ending)
         if outcome is not None and now < self.over_at + INSTANT:
             (self.causes if now < self.over_at - INSTANT else self.possible).append((now, outcome))
-        # It is over when its source is closed. Where all was said, only the [DONE] never came.
-        closed_at = self.over_at + script.closing
-        self.causes.append((closed_at, Outcome.COMPLETED if finished_at < self.over_at else Outcome.TIMEOUT))
+        # Where all was said, only the [DONE] never came. Nobody waits until its source is closed.
+        self.causes.append((self.over_at, Outcome.COMPLETED if finished_at < self.over_at else Outcome.TIMEOUT))
         if abs(finished_at - self.over_at) < INSTANT:
-            self.possible += [(closed_at, Outcome.COMPLETED), (closed_at, Outcome.TIMEOUT)]
+            self.possible += [(self.over_at, Outcome.COMPLETED), (self.over_at, Outcome.TIMEOUT)]
 
     def _follow_clients(self) -> None:
         """Nobody is there, and whoever might come has had the grace for it."""
