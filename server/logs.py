@@ -38,8 +38,30 @@ def log_event(logger: logging.Logger, level: int, event: str, **fields: Any) -> 
     """Log ``event`` with its fields; a field that is None is left out."""
     if logger.isEnabledFor(level):
         present = {name: value for name, value in fields.items() if value is not None}
-        # Not logger.log: it would walk the stack to learn which line called, and no line of ours tells that.
-        logger.handle(logger.makeRecord(logger.name, level, "", 0, event, (), None, extra={_FIELDS: present}))
+        logger.handle(_Event(logger.name, level, event, present))
+
+
+_UNKNOWN: Final[dict[str, Any]] = (
+    dict.fromkeys(("pathname", "filename", "module", "funcName", "threadName", "processName", "taskName"), "")
+    | dict.fromkeys(("lineno", "thread", "process", "relativeCreated"), 0)
+    | dict.fromkeys(("exc_info", "exc_text", "stack_info"))
+    | {"args": ()}
+)
+
+
+class _Event(logging.LogRecord):
+    """A record of ours. It knows nothing of the line, thread and process that it comes from: to find that out costs
+    more than all else about it, and no line of the log tells it."""
+
+    def __init__(self, name: str, level: int, event: str, fields: dict[str, Any]) -> None:
+        self.__dict__.update(_UNKNOWN)
+        self.name = name
+        self.msg = event
+        self.levelno = level
+        self.levelname = logging.getLevelName(level)
+        self.created = time.time()
+        self.msecs = self.created % 1 * 1000
+        self.sluice_fields = fields
 
 
 @contextmanager

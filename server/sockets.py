@@ -65,8 +65,8 @@ def _tune(listener: socket.socket, write_timeout: float) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
     if listener.family != socket.AF_UNIX and hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux has it, macOS does not
         # A client that vanished without a FIN, or that takes nothing after its answer has ended: the kernel gives up
-        # on it after the same time as we do. Its own limit is a quarter of an hour, for a closed window none at all.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(write_timeout * 1000))
+        # on it soon after we would, who can tell why. Its own limit is a quarter of an hour, for a closed window none.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round((1.25 * write_timeout + 1) * 1000))
 
 
 def _is_passed(environment: Mapping[str, str]) -> bool:

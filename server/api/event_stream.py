@@ -40,6 +40,7 @@ async def show(request: web.Request, desk: Desk, stream: Stream, *, after: int |
         try:
             # 200 goes out before the upstream has answered: a slow first token is no failure.
             writer = await response.prepare(request)
+            response.headers.clear()  # they are on their way, and an open stream has no more use for a kilobyte of them
             if direct and writer is not None:
                 connection.write_directly(writer)
                 if viewer.level:  # nothing that the head could go out with
@@ -74,7 +75,10 @@ def _event_stream(request: web.Request, kind: type[web.StreamResponse]) -> web.S
 def _can_resume(request: web.Request) -> bool:
     """Whether the client asked for an event stream by its name, as EventSource does and curl does not: it then knows
     how to go on behind the last event (contract, section 3)."""
-    ranges = ",".join(request.headers.getall("Accept", [])).split(",")
+    accepts = request.headers.getall("Accept", [])
+    if accepts == ["text/event-stream"]:  # as EventSource says it
+        return True
+    ranges = ",".join(accepts).split(",")
     return any(media.partition(";")[0].strip().lower() == "text/event-stream" for media in ranges)
 
 

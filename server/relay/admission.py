@@ -6,7 +6,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from server.settings import Rate
@@ -48,23 +48,25 @@ class TokenBuckets:
 
     def look(self, client: str) -> Allowance:
         """How the client stands, with nothing taken."""
+        return self._allowance(self._missing(client, self._clock()))
+
+    def take(self, client: str) -> Allowance:
+        """Take one token out of the client's bucket, if there is a whole one."""
         now = self._clock()
         missing = self._missing(client, now)
         if missing > self.rate.amount - 1 + _ROUNDING:
-            return Allowance(False, 0, (missing - (self.rate.amount - 1)) * self._token_s)
+            return self._allowance(missing)
+        self._set_missing(client, missing + 1, now)
+        return self._allowance(missing + 1, admitted=True)
+
+    def _allowance(self, missing: float, *, admitted: bool = False) -> Allowance:
+        if missing > self.rate.amount - 1 + _ROUNDING:
+            return Allowance(admitted, 0, (missing - (self.rate.amount - 1)) * self._token_s)
         return Allowance(
             True,
             math.floor(self.rate.amount - missing + _ROUNDING),
             (missing % 1 or 1.0) * self._token_s if missing > 0 else 0.0,
         )
-
-    def take(self, client: str) -> Allowance:
-        """Take one token out of the client's bucket, if there is a whole one."""
-        allowance = self.look(client)
-        if not allowance.admitted:
-            return allowance
-        self._fill(client, -1)
-        return replace(self.look(client), admitted=True)
 
     def reserve(self, client: str, most: int) -> Reservation | None:
         """Take up to ``most`` tokens, as many whole ones as there are, for something whose cost shows at its end; None
@@ -83,6 +85,9 @@ class TokenBuckets:
         """Put ``amount`` tokens back; a negative one takes them. Nobody ever owes more than a bucket holds."""
         now = self._clock()
         missing = min(max(0.0, self._missing(client, now) - amount), 2.0 * self.rate.amount)
+        self._set_missing(client, missing, now)
+
+    def _set_missing(self, client: str, missing: float, now: float) -> None:
         full_at = now + missing * self._token_s
         if client in self._full_at or self._make_room(now):
             self._full_at[client] = full_at

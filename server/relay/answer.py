@@ -30,6 +30,8 @@ __all__ = ["Answer", "AnswerLimits", "Source"]
 
 _RESERVED_MORE: Final = 64  # LLM tokens at a time, for an answer that outgrows what was reserved for it
 
+_NO_USAGE: Final = Usage(None, None)
+
 _log = logging.getLogger("sluice.stream")
 
 
@@ -63,6 +65,32 @@ class Answer:
     it may generate, and is settled at its end. ``clock`` gives seconds that only go forward.
     """
 
+    __slots__ = (
+        "_began_at",
+        "_budget",
+        "_clock",
+        "_deltas",
+        "_encoder",
+        "_finish_reason",
+        "_limits",
+        "_on_end",
+        "_reservation",
+        "_source",
+        "_task",
+        "_timer",
+        "_usage",
+        "duration",
+        "error",
+        "id",
+        "life",
+        "log",
+        "model",
+        "request",
+        "said",
+        "tokens",
+        "ttft",
+    )
+
     def __init__(
         self,
         stream_id: str,
@@ -95,7 +123,7 @@ class Answer:
         self._encoder = EventEncoder(stream_id)
         self._deltas = 0  # of content, reasoning and tool calls
         self._finish_reason: str | None = None
-        self._usage = Usage(None, None)
+        self._usage = _NO_USAGE
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None  # for the whole answer's time
         self.log.extend([self._encoder.start(0, self.model)])

@@ -11,7 +11,6 @@ import time
 from base64 import urlsafe_b64encode
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Final, Protocol
 
 from server.errors import Overloaded, ShuttingDown, StreamNotFound, TooManyStreams
@@ -23,7 +22,7 @@ from server.relay.log import EventLog
 from server.relay.viewer import Connection, Viewer
 from server.wire.chat import ChatRequest
 
-__all__ = ["Desk", "DeskLimits", "Stream"]
+__all__ = ["Desk", "DeskLimits", "Stream", "Viewing"]
 
 _ID_BYTES: Final = 16  # 128 random bits: nobody guesses a stream; every event carries its 22 characters
 _IDS_AT_ONCE: Final = 64
@@ -150,10 +149,9 @@ class Desk:
         """The stream of that id; None where there is none, or no longer."""
         return self._streams.get(stream_id)
 
-    @contextmanager
     def viewing(
         self, stream: Stream, connection: Connection, *, after: int | None = None, may_return: bool = False
-    ) -> Iterator[Viewer]:
+    ) -> Viewing:
         """A viewer of ``stream`` on ``connection`` while the context lasts, from behind event ``after``, or the start.
 
         ``may_return`` says that its client can go on where it was. The answer goes on for the grace after the last
@@ -167,21 +165,23 @@ class Desk:
             write_timeout=self._limits.write_timeout,
             offset=0 if after is None else stream.log.end_of(after),
         )
+        return Viewing(self, stream, connection, viewer, may_return)
+
+    def _come(self, stream: Stream, connection: Connection, viewer: Viewer) -> None:
         stream.life.join()
         self._viewers[viewer] = (stream, connection)
         self._empty.clear()
         if self.draining:
             _spread_return(viewer)
         self._attend(stream)
-        try:
-            yield viewer
-        finally:
-            if viewer.stalled:
-                log_event(_log, logging.INFO, "viewer_stalled", id=stream.id, client=stream.client)
-            del self._viewers[viewer]
-            stream.life.leave(may_return=may_return and not viewer.finished)
-            self._attend(stream)
-            self._look_if_empty()
+
+    def _leave(self, stream: Stream, viewer: Viewer, *, may_return: bool) -> None:
+        if viewer.stalled:
+            log_event(_log, logging.INFO, "viewer_stalled", id=stream.id, client=stream.client)
+        del self._viewers[viewer]
+        stream.life.leave(may_return=may_return and not viewer.finished)
+        self._attend(stream)
+        self._look_if_empty()
 
     def stop(self, stream_id: str, client: str) -> None:
         """Stop the answer that was opened for ``client``; one that has ended stays as it is.
@@ -296,6 +296,26 @@ class Desk:
         due_at = stream.life.due_at
         if due_at is not None and due_at < math.inf:
             stream.timer = asyncio.get_running_loop().call_at(due_at, self._attend, stream)
+
+
+class Viewing:
+    """The context of one viewer: it has come, and leaves in the end."""
+
+    __slots__ = ("_connection", "_desk", "_may_return", "_stream", "_viewer")
+
+    def __init__(self, desk: Desk, stream: Stream, connection: Connection, viewer: Viewer, may_return: bool) -> None:
+        self._desk = desk
+        self._stream = stream
+        self._connection = connection
+        self._viewer = viewer
+        self._may_return = may_return
+
+    def __enter__(self) -> Viewer:
+        self._desk._come(self._stream, self._connection, self._viewer)
+        return self._viewer
+
+    def __exit__(self, *_: object) -> None:
+        self._desk._leave(self._stream, self._viewer, may_return=self._may_return)
 
 
 def _unguessable_ids() -> Iterator[str]:

@@ -11,7 +11,7 @@ from server.upstream.attempt import failed_body
 from server.upstream.reader import AnswerReader
 from server.wire.chunks import ChunkSink
 
-__all__ = ["BREAKS", "feed_arrived", "finish_body", "read_body"]
+__all__ = ["BREAKS", "finish_body", "read_body"]
 
 # What reading a body can raise. RuntimeError is aiohttp's for reading on after the connection has closed.
 BREAKS: Final = (aiohttp.ClientError, OSError, RuntimeError)
@@ -31,14 +31,14 @@ async def read_body(response: aiohttp.ClientResponse, sink: ChunkSink) -> None:
             data = await content.readany()
         except BREAKS:
             ended = True
-            await feed_arrived(content, reader)
+            await _feed_arrived(content, reader)
         else:
             ended = not data
             await _feed(reader, data)
     await finish_body(content, reader, sink)
 
 
-async def feed_arrived(content: aiohttp.StreamReader, reader: AnswerReader) -> None:
+async def _feed_arrived(content: aiohttp.StreamReader, reader: AnswerReader) -> None:
     """Give the reader what has arrived and was not read, also before the connection broke.
 
     Tokens that came in one segment with the reset, or with a close that cuts the body, are in the stream's buffer, but

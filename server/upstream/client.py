@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from types import SimpleNamespace, TracebackType
 from typing import Any, Final, Protocol
@@ -84,7 +84,9 @@ class UpstreamClient:
         """
         request, sent = self._post_directly(endpoint, body) if self._direct else self._post(endpoint, body)
         try:
-            async with request as response:
+            response = await request
+            del request  # else it lives, with the frame that it ran in, for as long as the body flows
+            async with response:
                 await _check_head(response)
                 await (read_body_directly if self._direct else read_body)(response, sink)
         except AttemptFailed:
@@ -118,7 +120,7 @@ class _Sent(Protocol):
     reused: bool  # it went out on a connection that had brought an answer before
 
 
-_Request = AbstractAsyncContextManager[aiohttp.ClientResponse]
+_Request = Awaitable[aiohttp.ClientResponse]
 
 
 def _headers_to(endpoint: Endpoint) -> CIMultiDict[str]:

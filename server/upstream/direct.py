@@ -23,7 +23,7 @@ from aiohttp.connector import Connection
 from multidict import CIMultiDict
 from yarl import URL
 
-from server.upstream.body import feed_arrived, finish_body, read_body
+from server.upstream.body import finish_body, read_body
 from server.upstream.reader import AnswerReader
 from server.wire.chunked import ChunkedBody
 from server.wire.chunks import ChunkSink
@@ -48,7 +48,7 @@ class BodyReceiver(Protocol):
 class DirectConnection(ResponseHandler):
     """aiohttp's protocol of one connection to an endpoint, with the short way for bodies.
 
-    A body to which nobody is attached goes into aiohttp's stream.
+    What comes of a body waits for the receiver to be attached; the network is read no further meanwhile.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -60,7 +60,7 @@ class DirectConnection(ResponseHandler):
         self._usual = True  # no head has come that opens it
         self._content: aiohttp.StreamReader | None = None
         self._receiver: BodyReceiver | None = None
-        self._backlog = b""  # what is not handed on yet; reading is paused meanwhile
+        self._backlog = b""  # what is not handed on yet, as it came
 
     @property
     def open_to_receivers(self) -> bool:
@@ -68,8 +68,9 @@ class DirectConnection(ResponseHandler):
         return self._body is not None
 
     def attach(self, receiver: BodyReceiver) -> None:
-        """Hand all further bytes of the body to ``receiver``, and tell it of the connection's end."""
+        """Hand the body to ``receiver``, what has come of it at once, and tell it of the connection's end."""
         self._receiver = receiver
+        self._go_on()
 
     def detach(self, receiver: BodyReceiver) -> None:
         """Let what still comes go into aiohttp's stream. The connection may serve somebody else by now."""
@@ -91,7 +92,9 @@ class DirectConnection(ResponseHandler):
         message, content = data
         if message.code >= 200 or message.code == 101:
             self._in_head = False
-            self._usual = not (message.code == 200 and message.chunked and not message.compression)
+            type_ = message.headers.get("Content-Type", "").lower()
+            streams = message.code == 200 and message.chunked and type_.startswith("text/event-stream")
+            self._usual = not streams or bool(message.compression)
             self._content = content
         super().feed_data(data, size)
 
@@ -104,9 +107,10 @@ class DirectConnection(ResponseHandler):
                 super().data_received(data)
         elif not data:
             super().data_received(data)
-        elif len(data) > _AT_ONCE and self._receiver is not None and self.transport is not None:
-            self._backlog = data[_AT_ONCE:]
-            self.transport.pause_reading()
+        elif self._receiver is None or self._backlog:
+            self._put_off(data)
+        elif len(data) > _AT_ONCE:
+            self._put_off(data[_AT_ONCE:])
             self._loop.call_soon(self._go_on)
             self._take_body(self._body, data[:_AT_ONCE])
         else:
@@ -114,9 +118,11 @@ class DirectConnection(ResponseHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The connection is gone; what came before that counts."""
-        while self._backlog and self._body is not None:
-            data, self._backlog = self._backlog, b""
-            self._take_body(self._body, data)
+        body, data, self._backlog = self._body, self._backlog, b""
+        if body is not None and data:
+            if self._receiver is None and self._content is not None:
+                self._content.begin_http_chunk_receiving()
+            self._take_body(body, data)
         receiver = self._receiver
         self._forget_body()
         super().connection_lost(exc)
@@ -151,8 +157,7 @@ class DirectConnection(ResponseHandler):
             data = data[cut:]
             if self.exception() is not None:
                 return
-        if not self._usual and self._content is not None:
-            self._content.begin_http_chunk_receiving()
+        if not self._usual:
             self._body = ChunkedBody()
         if data:
             self.data_received(data)
@@ -168,9 +173,14 @@ class DirectConnection(ResponseHandler):
             self._body = None
             super().data_received(body.rest)
 
+    def _put_off(self, data: bytes) -> None:
+        self._backlog += data
+        if self.transport is not None:
+            self.transport.pause_reading()
+
     def _go_on(self) -> None:
         data, self._backlog = self._backlog, b""
-        if data:
+        if data and self._receiver is not None:
             self.data_received(data)
         if not self._backlog and self.transport is not None:
             self.transport.resume_reading()
@@ -229,18 +239,16 @@ async def read_body_directly(response: aiohttp.ClientResponse, sink: ChunkSink) 
         await read_body(response, sink)
         return
     content, reader = response.content, AnswerReader(sink)
-    await feed_arrived(content, reader)  # what came with the head
-    if not (reader.over or content.is_eof() or content.exception() is not None or connection.transport is None):
-        receiver = _Receiver(reader)
-        content.on_eof(receiver.wake)
+    receiver = _Receiver(reader)
+    content.on_eof(receiver.wake)
+    try:
         connection.attach(receiver)
-        try:
-            await receiver.turn
-        finally:
-            connection.detach(receiver)
+        await receiver.turn
         if receiver.failure is not None:
             raise receiver.failure
-    await finish_body(content, reader, sink)
+        await finish_body(content, reader, sink)
+    finally:
+        connection.detach(receiver)
 
 
 # ---- The request
@@ -352,7 +360,9 @@ async def _try() -> bool:
     tried = _Tried()
     connection.connection_made(_NoTransport())
     connection.set_response_params(read_until_eof=True)
-    connection.data_received(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n6\r\nbefore")
+    connection.data_received(
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n6\r\nbefore"
+    )
     message, content = await connection.read()
     connection.attach(tried)
     content.on_eof(tried.wake)
@@ -363,8 +373,7 @@ async def _try() -> bool:
     ready = DirectRequest("POST", url, data=Question(b"", b""), loop=loop, ssl=True)
     return (
         message.code == 200
-        and await content.readany() == b"before"
-        and tried.received == b"behind"
+        and tried.received == b"beforebehind"
         and tried.ended
         and not connection.should_close
         and ready.connection_key == with_payload.connection_key

@@ -17,6 +17,8 @@ __all__ = ["TokenTemplate"]
 # What ends a JSON string, begins an escape in it, or may not stand in it at all (RFC 8259 §7).
 _NOT_PLAIN: Final = bytes([*range(0x20), ord('"'), ord("\\")])
 
+_FIELD: Final = b"data: "
+
 _PROBE: Final = "\u2060probe\u2060"  # a text that no endpoint has in its frame
 
 
@@ -26,14 +28,13 @@ class TokenTemplate:
     ``model`` is the one that they name; ``blank`` is how an event ends on the wire, in this stream's line ends.
     """
 
-    __slots__ = ("_after", "_before", "_begin", "_end", "_shortest", "blank", "model")
+    __slots__ = ("_after", "_begin", "_end", "_shortest", "blank", "model")
 
     def __init__(self, before: bytes, after: bytes, line_end: bytes, model: str | None) -> None:
         self.model = model
         self.blank = 2 * line_end
-        self._before = before
         self._after = after
-        self._begin = b"data: " + before
+        self._begin = _FIELD + before
         self._end = after + self.blank
         self._shortest = len(self._begin) + len(self._end)  # bytes of an event without text
 
@@ -48,7 +49,7 @@ class TokenTemplate:
             return None
         if chunk.finish_reason is not None or chunk.usage is not None:
             return None
-        line_end = _line_end_behind(b"data: " + data, wire)
+        line_end = _line_end_behind(_FIELD + data, wire)
         text = b'"' + chunk.deltas[0].text.encode("utf-8", "replace") + b'"'
         place = data.rfind(text)
         if line_end is None or place < 0:
@@ -64,9 +65,10 @@ class TokenTemplate:
 
     def text_of(self, data: bytes) -> bytes | None:
         """The text that an event's ``data`` holds, as the inside of a JSON string; None if it does not fit."""
-        if data.startswith(self._before) and data.endswith(self._after):
-            text = data[len(self._before) : len(data) - len(self._after)]
-            if text and _is_plain(text):
+        begins = len(self._begin) - len(_FIELD)
+        if data.endswith(self._after) and self._begin.endswith(data[:begins]) and begins < len(data) - len(self._after):
+            text = data[begins : len(data) - len(self._after)]
+            if _is_plain(text):
                 return text
         return None
 

@@ -279,20 +279,20 @@ async def test_leaving_in_the_instant_of_the_end_loses_nothing(
     asking: list[Returning] = []
 
     async def script(call: Call) -> None:
-        client, leave_before = asking[-1], chance.choice([True, False])
+        connection, leave_before = asking[-1].client, chance.choice([True, False])  # not the one that it comes back on
         await call.head()
         await call.token("a")
         for _ in range(chance.randrange(8)):
             await asyncio.sleep(0)
         if leave_before:
-            LEAVING[chance.choice(list(LEAVING))](client.client)
+            LEAVING[chance.choice(list(LEAVING))](connection)
         await call.token("b")
         await call.finish()
         await call.done()
         for _ in range(chance.randrange(6)):
             await asyncio.sleep(0)
         if not leave_before:
-            LEAVING[chance.choice(list(LEAVING))](client.client)
+            LEAVING[chance.choice(list(LEAVING))](connection)
 
     upstream.script = script
     server = await serve(SLUICE_RATE_LIMIT="off")

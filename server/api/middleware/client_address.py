@@ -53,7 +53,8 @@ def client_of(peer: str, forwarded_for: list[str], real_ip: str | None, trusted:
     Behind a trusted peer it is the right-most untrusted address of X-Forwarded-For (the left-most one where all are
     trusted), or X-Real-IP where there is none; garbage there counts as the proxy itself.
     """
-    if not _is_trusted(peer, trusted):
+    named_by_others = forwarded_for or real_ip is not None
+    if not named_by_others or not _is_trusted(peer, trusted):
         return _name(_parse(peer)) or peer
     named: Address | None = None
     hops = [hop.strip() for line in forwarded_for for hop in line.split(",")]

@@ -36,14 +36,18 @@ def spend(request: web.Request, max_tokens: int) -> Reservation | None:
     limited. Raises RateLimited or TokenLimitExceeded, and then nothing was taken."""
     client = request[CLIENT]
     buckets, llm_tokens = request.app.get(BUCKETS), request.app.get(LLM_TOKENS)
+    if llm_tokens is None:
+        if buckets is not None:
+            request[ALLOWANCE] = allowance = buckets.take(client)
+            if not allowance.admitted:
+                raise RateLimited
+        return None
     show_allowance(request)
     if buckets is not None and not request[ALLOWANCE].admitted:
         raise RateLimited
-    reservation = None
-    if llm_tokens is not None:
-        reservation = llm_tokens.reserve(client, max_tokens)
-        if reservation is None:
-            raise TokenLimitExceeded
+    reservation = llm_tokens.reserve(client, max_tokens)
+    if reservation is None:
+        raise TokenLimitExceeded
     if buckets is not None:
         request[ALLOWANCE] = buckets.take(client)
     return reservation
