@@ -61,7 +61,7 @@ class Answer:
     """Asks ``source`` and writes what comes into ``log``; viewers read the log and know nothing of the source.
 
     :meth:`start` is the whole of it: cancelling its task closes the upstream request, and however it ends the log gets
-    a last event and ``life`` its outcome, once; then ``on_end`` is called. ``reservation`` bounds the LLM tokens that
+    a last event and ``life`` its outcome, once; then :attr:`on_end` is called. ``reservation`` bounds the LLM tokens that
     it may generate, and is settled at its end. ``clock`` gives seconds that only go forward.
     """
 
@@ -73,7 +73,6 @@ class Answer:
         "_encoder",
         "_finish_reason",
         "_limits",
-        "_on_end",
         "_reservation",
         "_source",
         "_task",
@@ -85,6 +84,7 @@ class Answer:
         "life",
         "log",
         "model",
+        "on_end",
         "request",
         "said",
         "tokens",
@@ -100,7 +100,6 @@ class Answer:
         life: Life,
         *,
         reservation: Reservation | None = None,
-        on_end: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.id = stream_id
@@ -117,7 +116,7 @@ class Answer:
         self._limits = limits
         self._reservation = reservation
         self._budget = math.inf if reservation is None else reservation.amount  # deltas
-        self._on_end = on_end
+        self.on_end: Callable[[], object] = _nothing
         self._clock = clock
         self._began_at = clock()
         self._encoder = EventEncoder(stream_id)
@@ -279,7 +278,11 @@ class Answer:
         if self._reservation is not None:
             self._reservation.settle(self.generated)
         self.log.end(last)
-        self._on_end()
+        self.on_end()
+
+
+def _nothing() -> None:
+    """Where nobody wants to hear of the end."""
 
 
 def _outcome_of(error: RelayError) -> Outcome:

@@ -11,6 +11,7 @@ import time
 from base64 import urlsafe_b64encode
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final, Protocol
 
 from server.errors import Overloaded, ShuttingDown, StreamNotFound, TooManyStreams
@@ -129,17 +130,17 @@ class Desk:
             self._limits,
             Life(grace=self._limits.resume_grace, window=self._limits.resume_window, clock=self._clock),
             reservation=reservation,
-            on_end=lambda: self._attend(stream),
             clock=self._clock,
         )
         stream = Stream(client, answer)
+        answer.on_end = partial(self._attend, stream)
         self._streams[stream.id] = stream
         self._places[client] += 1
         self.streams += 1
         self._empty.clear()
         task = answer.start()
         self._tasks.add(task)
-        task.add_done_callback(lambda done: self._task_over(done, stream))
+        task.add_done_callback(partial(self._task_over, stream))
         self._attend(stream)
         return stream
 
@@ -230,7 +231,7 @@ class Desk:
 
     # ---- Bookkeeping
 
-    def _task_over(self, task: asyncio.Task[None], stream: Stream) -> None:
+    def _task_over(self, stream: Stream, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if stream.answer is not None:
             _report(stream, stream.answer)

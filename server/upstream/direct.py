@@ -48,7 +48,7 @@ class BodyReceiver(Protocol):
 class DirectConnection(ResponseHandler):
     """aiohttp's protocol of one connection to an endpoint, with the short way for bodies.
 
-    What comes of a body waits for the receiver to be attached; the network is read no further meanwhile.
+    What comes of a body waits for the receiver to be attached; a lot of it, and the network is read no further.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -61,6 +61,7 @@ class DirectConnection(ResponseHandler):
         self._content: aiohttp.StreamReader | None = None
         self._receiver: BodyReceiver | None = None
         self._backlog = b""  # what is not handed on yet, as it came
+        self._held = False  # reading is paused, as there is enough of that
 
     @property
     def open_to_receivers(self) -> bool:
@@ -175,14 +176,16 @@ class DirectConnection(ResponseHandler):
 
     def _put_off(self, data: bytes) -> None:
         self._backlog += data
-        if self.transport is not None:
+        if len(self._backlog) > _AT_ONCE and not self._held and self.transport is not None:
+            self._held = True
             self.transport.pause_reading()
 
     def _go_on(self) -> None:
         data, self._backlog = self._backlog, b""
         if data and self._receiver is not None:
             self.data_received(data)
-        if not self._backlog and self.transport is not None:
+        if self._held and len(self._backlog) <= _AT_ONCE and self.transport is not None:
+            self._held = False
             self.transport.resume_reading()
 
     def _forget_body(self) -> None:
