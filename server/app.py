@@ -14,6 +14,7 @@ from server.api import direct_write
 from server.api.admin import add_admin_routes
 from server.api.browser import ask, create_stream, stop_stream, view_stream
 from server.api.keys import BUCKETS, CONNECTIONS, DESK, FAST_PATH, LLM_TOKENS, REQUEST_ID, SENT_STATUS, SETTINGS
+from server.api.middleware.checks import checking
 from server.api.middleware.client_address import find_client
 from server.api.middleware.errors import answer_errors
 from server.api.middleware.head import bound_head
@@ -58,7 +59,13 @@ def create_app(
     app = web.Application(
         # Outermost first. The log sees every outcome, errors become answers inside it, and nothing is spent before the
         # origin is known to be welcome.
-        middlewares=[name_request, log_request, find_client, answer_errors, bound_head, check_origin, limit_rate],
+        middlewares=[
+            name_request,
+            log_request,
+            answer_errors,
+            checking(find_client, bound_head, check_origin),
+            limit_rate,
+        ],
         client_max_size=_MAX_BODY,
     )
     app[SETTINGS] = settings

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import TracebackType
 from typing import Final
 
@@ -63,19 +62,17 @@ class Connections:
 
         return make
 
-    @contextmanager
-    def answering(self, handler: web.RequestHandler) -> Iterator[None]:
-        """A whole request head has come, and is being answered while the context lasts. aiohttp's keep-alive timeout
-        takes over from our own."""
+    def request_begun(self, handler: web.RequestHandler) -> None:
+        """A whole request head has come. aiohttp's keep-alive timeout takes over from our own."""
         self._silent.pop(handler, None)
         self._requests += 1
         self._idle.clear()
-        try:
-            yield
-        finally:
-            self._requests -= 1
-            if not self._requests:
-                self._idle.set()
+
+    def request_answered(self) -> None:
+        """Its answer is out, or will never be."""
+        self._requests -= 1
+        if not self._requests:
+            self._idle.set()
 
     async def idle(self) -> None:
         """Wait until every request that has begun is answered."""

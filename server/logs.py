@@ -101,8 +101,8 @@ def _handling_all(handler: logging.Handler, level: str) -> Iterator[None]:
 
 @contextmanager
 def _writing(lines: _Lines, descriptor: int, form: logging.Formatter) -> Iterator[None]:
-    """A thread writes what is queued, some lines at a time. At the end it has a moment for what is left, but a reader that takes nothing
-    does not keep the process.
+    """A thread writes what is queued, some lines at a time. At the end it has a moment for what is left, but a reader
+    that takes nothing does not keep the process.
 
     It writes to the descriptor and not through ``sys.stderr``: stuck in there it would hold that stream's lock, which
     the interpreter needs at its end, or dies.

@@ -315,7 +315,9 @@ class Settings:
     heartbeat: float = _option(_seconds(0.01, 3600), 15.0, "s of silence before a ping is sent")
     retries: int = _option(_integer(0, 10), 2, "further tries before the first token")
     fast_path: str = _option(
-        _choice("auto", "off"), "auto", "auto = the short cuts through aiohttp that work here; off = its public calls only"
+        _choice("auto", "off"),
+        "auto",
+        "auto = the short cuts through aiohttp that work here; off = its public calls only",
     )
     resume_grace: float = _option(
         Reader(f"{_GRACE.takes}, or finish", _read_grace, toml=(*_GRACE.toml, str)),

@@ -32,8 +32,11 @@ async def listen() -> AsyncIterator[Listen]:
             connections = await stack.enter_async_context(Connections(most=most, head_timeout=head_timeout))
 
             async def answer(request: web.BaseRequest) -> web.Response:
-                with connections.answering(request.protocol):
+                connections.request_begun(request.protocol)
+                try:
                     return web.Response(text=str(len(server.connections)))
+                finally:
+                    connections.request_answered()
 
             server = web.Server(answer, keepalive_timeout=60)
             stack.push_async_callback(server.shutdown, 1.0)

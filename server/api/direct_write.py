@@ -84,7 +84,7 @@ async def _try() -> bool:
     wires = []
     for direct in (False, True):
         wire, protocol = _Wire(), BaseProtocol(loop)
-        protocol.transport = cast(asyncio.Transport, wire)
+        protocol.transport = cast("asyncio.Transport", wire)
         usual = StreamWriter(protocol, loop)
         usual.enable_chunking()
         if direct:

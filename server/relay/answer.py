@@ -61,8 +61,8 @@ class Answer:
     """Asks ``source`` and writes what comes into ``log``; viewers read the log and know nothing of the source.
 
     :meth:`start` is the whole of it: cancelling its task closes the upstream request, and however it ends the log gets
-    a last event and ``life`` its outcome, once; then :attr:`on_end` is called. ``reservation`` bounds the LLM tokens that
-    it may generate, and is settled at its end. ``clock`` gives seconds that only go forward.
+    a last event and ``life`` its outcome, once; then :attr:`on_end` is called. ``reservation`` bounds the LLM tokens
+    that it may generate, and is settled at its end. ``clock`` gives seconds that only go forward.
     """
 
     __slots__ = (
@@ -136,8 +136,8 @@ class Answer:
         """Begin, in a task of its own: an answer does not hang on any viewer's connection."""
         self._task = asyncio.create_task(self._run(), name=f"answer {self.id}")
         self._task.add_done_callback(self._let_go)
-        # Not asyncio.timeout: its scope keeps the task, and with that a cancelled answer would be a cycle of objects that
-        # only a pause for the garbage collector frees.
+        # Not asyncio.timeout: its scope keeps the task, and with that a cancelled answer would be a cycle of objects
+        # that only a pause for the garbage collector frees.
         self._timer = asyncio.get_running_loop().call_later(self._limits.stream_timeout, self._run_out_of_time)
         return self._task
 

@@ -1,4 +1,4 @@
-"""How one request to an endpoint fails: its statuses, error objects and broken connections, each as one of our errors."""
+"""How one request to an endpoint fails: statuses, error objects and broken connections, each as one of our errors."""
 
 from __future__ import annotations
 

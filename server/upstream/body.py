@@ -109,5 +109,3 @@ def _take_note(closed: asyncio.Future[None]) -> None:
     """Look at how a connection ended: asyncio logs an error for each exception that nobody looked at."""
     if not closed.cancelled():
         closed.exception()
-
-

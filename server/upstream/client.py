@@ -85,7 +85,8 @@ class UpstreamClient:
         request, sent = self._post_directly(endpoint, body) if self._direct else self._post(endpoint, body)
         try:
             response = await request
-            del request  # else it lives, with the frame that it ran in, for as long as the body flows
+            # What is not needed while the body flows: an open stream would hold a kilobyte and more of it.
+            del request, body
             async with response:
                 await _check_head(response)
                 await (read_body_directly if self._direct else read_body)(response, sink)

@@ -217,16 +217,15 @@ class _Receiver:
 
     def receive(self, payload: bytes) -> None:
         """The next bytes of it. The hot path."""
-        reader = self._reader
-        if reader.over or self.failure is not None:
+        if self._reader.over or self.failure is not None:
             return
         try:
-            reader.feed(payload)
+            over = self._reader.feed(payload)
         except Exception as exc:  # raised where it belongs, in the task that reads the body
             self.failure = exc
             self.wake()
         else:
-            if reader.over:
+            if over:
                 self.wake()
 
     def wake(self) -> None:
@@ -237,11 +236,15 @@ class _Receiver:
 async def read_body_directly(response: aiohttp.ClientResponse, sink: ChunkSink) -> None:
     """As :func:`server.upstream.body.read_body`, by the short way where the response allows it."""
     # None where the whole response has come already.
-    connection = None if response.connection is None else response.connection.protocol
-    if not isinstance(connection, DirectConnection) or not connection.open_to_receivers:
+    connection: object = None if response.connection is None else response.connection.protocol
+    if isinstance(connection, DirectConnection) and connection.open_to_receivers:
+        await _receive_body(connection, response.content, sink)
+    else:
         await read_body(response, sink)
-        return
-    content, reader = response.content, AnswerReader(sink)
+
+
+async def _receive_body(connection: DirectConnection, content: aiohttp.StreamReader, sink: ChunkSink) -> None:
+    reader = AnswerReader(sink)
     receiver = _Receiver(reader)
     content.on_eof(receiver.wake)
     try:
@@ -285,7 +288,7 @@ class DirectRequest(aiohttp.ClientRequest):
         ssl: Any,
         response_class: type[aiohttp.ClientResponse] = aiohttp.ClientResponse,
         timer: Any = None,
-        session: aiohttp.ClientSession | None = None,
+        session: Any = None,
         **_: Any,
     ) -> None:
         self.method = method
@@ -308,7 +311,8 @@ class DirectRequest(aiohttp.ClientRequest):
         if isinstance(connection, DirectConnection):
             question.reused = connection.requests > 1
         connection.transport.write(b"%b%d\r\n\r\n%b" % (question.head, len(question.body), question.body))
-        self.response = self.response_class(
+        question.body = b""  # a question is asked once
+        return self.response_class(
             self.method,
             self.url,
             writer=None,
@@ -320,7 +324,6 @@ class DirectRequest(aiohttp.ClientRequest):
             session=self._session,
             stream_writer=_NOTHING_SENT,
         )
-        return self.response
 
 
 _NOTHING_SENT: Final[Any] = SimpleNamespace(output_size=0)

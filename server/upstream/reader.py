@@ -37,8 +37,9 @@ class AnswerReader:
         self.finished = False
         self.over = False
 
-    def feed(self, data: bytes) -> None:
-        """Take the next bytes. What is good is handed on before there is a complaint about what is not.
+    def feed(self, data: bytes) -> bool:
+        """Take the next bytes, and tell whether ``[DONE]`` has come. What is good is handed on before there is a
+        complaint about what is not.
 
         Raises AttemptFailed for what is no OpenAI stream, and what the sink raises.
         """
@@ -47,6 +48,7 @@ class AnswerReader:
             self._tail = b""
         if self._template is None or not self._parser.between_events or not self._take_short_cut(self._template, data):
             self._parse(data)
+        return self.over
 
     def _take_short_cut(self, template: TokenTemplate, data: bytes) -> bool:
         """Hand on the texts of ``data`` if it is events that fit, the last of them perhaps cut; the hot path."""

@@ -69,7 +69,7 @@ class UpstreamRoute:
         progress = _Progress(sink, silence)
         try:
             async with silence:
-                await self._ask(encode_chat_request(request, self._endpoint.model), progress, silence)
+                await self._ask(request, progress, silence)
         except TimeoutError as exc:
             if not silence.expired:
                 raise
@@ -78,14 +78,14 @@ class UpstreamRoute:
             elif not progress.ended:
                 raise UpstreamTimeout from exc
 
-    async def _ask(self, body: bytes, progress: _Progress, silence: SilenceDeadline) -> None:
+    async def _ask(self, request: ChatRequest, progress: _Progress, silence: SilenceDeadline) -> None:
         loop = asyncio.get_running_loop()
         tries = 0
         stale = False
         while True:
             progress.begin_try()
             try:
-                await self._client.ask(self._endpoint, body, progress)
+                await self._client.ask(self._endpoint, encode_chat_request(request, self._endpoint.model), progress)
             except AttemptFailed as failed:
                 if failed.stale and not stale:
                     # The endpoint closed an idle connection just as it was used again: it has not seen the request,

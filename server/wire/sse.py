@@ -85,6 +85,9 @@ class EventStreamParser:
         Time is linear in the bytes fed; what is kept is bounded by ``max_event_bytes``, comments not counted.
         Raises EventTooLarge past the bound, with the events before it; the parser is of no use afterwards.
         """
+        if self._at_start and not self._partial and len(data) >= len(_BOM):
+            self._at_start = False
+            data = data.removeprefix(_BOM)
         if self.between_events and b"\r" not in data and len(data) <= self._max_event_bytes:
             return self._feed_blocks(data)
         return self._feed_lines(data)

@@ -8,7 +8,6 @@ import re
 from typing import Final
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
 
 from server.api.keys import CLIENT, SETTINGS
 from server.settings import TrustedProxies
@@ -23,8 +22,7 @@ UNIX: Final = "unix"  # every peer on a Unix socket
 _WITH_PORT: Final = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5}")
 
 
-@web.middleware
-async def find_client(request: web.Request, handler: Handler) -> web.StreamResponse:
+def find_client(request: web.Request) -> None:
     """Note whom the limits count for."""
     trusted = request.app[SETTINGS].trusted_proxies
     request[CLIENT] = client_of(
@@ -33,7 +31,6 @@ async def find_client(request: web.Request, handler: Handler) -> web.StreamRespo
         request.headers.get("X-Real-IP"),
         trusted,
     )
-    return await handler(request)
 
 
 def from_trusted_proxy(request: web.Request) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Final
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
 from yarl import URL
 
 from server.api.keys import SETTINGS
@@ -26,8 +25,7 @@ def is_api(request: web.Request) -> bool:
     return request.path.startswith(API_PREFIXES)
 
 
-@web.middleware
-async def check_origin(request: web.Request, handler: Handler) -> web.StreamResponse:
+def check_origin(request: web.Request) -> None:
     """Refuse a page of an origin that is neither ours nor listed (contract, section 3: 403)."""
     if is_api(request):
         if not _may_ask(request):
@@ -37,7 +35,6 @@ async def check_origin(request: web.Request, handler: Handler) -> web.StreamResp
             if allowed := allowed_methods(request) - {"OPTIONS"}:
                 raise MethodNotAllowed("OPTIONS", allowed)
             raise NotFound
-    return await handler(request)
 
 
 async def complete_cors(request: web.Request, response: web.StreamResponse) -> None:

@@ -22,10 +22,14 @@ async def name_request(request: web.Request, handler: Handler) -> web.StreamResp
     """Take over the ``X-Request-ID`` that came, if it is harmless, else make one."""
     given = request.headers.get("X-Request-ID", "")
     request[REQUEST_ID] = given if _ACCEPTED.fullmatch(given) else _random_id()
-    with request.app[CONNECTIONS].answering(request.protocol):
+    connections = request.app[CONNECTIONS]
+    connections.request_begun(request.protocol)
+    try:
         return await handler(request)
+    finally:
+        connections.request_answered()
 
 
 def _random_id() -> str:
     """No secret: it only has to be another one each time, and asking the kernel would cost more than all else here."""
-    return f"{random.getrandbits(64):016x}"  # noqa: S311
+    return f"{random.getrandbits(64):016x}"
