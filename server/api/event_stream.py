@@ -85,6 +85,8 @@ def _can_resume(request: web.Request) -> bool:
 class _ResponseConnection:
     """The ``Connection`` of server/relay/viewer.py over an aiohttp response."""
 
+    __slots__ = ("_direct", "_request", "_response")
+
     def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
         self._request = request
         self._response = response

@@ -134,7 +134,7 @@ class Answer:
 
     def start(self) -> asyncio.Task[None]:
         """Begin, in a task of its own: an answer does not hang on any viewer's connection."""
-        self._task = asyncio.create_task(self._run(), name=f"answer {self.id}")
+        self._task = asyncio.create_task(self._run(), name="answer")
         self._task.add_done_callback(self._let_go)
         # Not asyncio.timeout: its scope keeps the task, and with that a cancelled answer would be a cycle of objects
         # that only a pause for the garbage collector frees.

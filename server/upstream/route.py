@@ -121,6 +121,8 @@ class _Progress:
     or the end: a try that comes to nothing must leave no trace in the answer of the next one.
     """
 
+    __slots__ = ("_held", "_silence", "_sink", "ended", "finished", "heard")
+
     def __init__(self, sink: ChunkSink, silence: SilenceDeadline) -> None:
         self._sink = sink
         self._silence = silence

@@ -16,6 +16,8 @@ class SilenceDeadline:
     Hearing costs one reading of the clock: the timer is not moved, it finds on waking that it is early and sleeps on.
     """
 
+    __slots__ = ("_first", "_idle", "_loop", "_scope", "_timer", "_wakes_at", "deadline", "expired")
+
     def __init__(self, *, first: float, idle: float) -> None:
         self._loop = asyncio.get_running_loop()
         self._scope: asyncio.Timeout | None = asyncio.timeout(None)
