@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from server.main import run
+from server.main import run, takes_fast_path
 from server.settings import Mistakes, describe, options, read_settings
 
 
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if given.check:
         code = sys.stdout.encoding
-        for line in describe(settings):  # a prompt may hold letters that the locale lacks; stderr escapes by itself
+        in_force = "yes" if asyncio.run(takes_fast_path(settings)) else "no"
+        for line in [*describe(settings), f"# fast path in force: {in_force}"]:  # a prompt may hold letters that the locale lacks; stderr escapes by itself
             sys.stdout.write(f"{line}\n".encode(code, "backslashreplace").decode(code))
         return 0
     return run(settings, os.environ)

@@ -73,8 +73,15 @@ def test_check_prints_every_setting_and_ends_with_0(main: Main, tmp_path: Path) 
     done = main("--check", "--config", str(config), "--port", "0", SLUICE_RATE_LIMIT="5/1")
     expected = read_settings({"SLUICE_RATE_LIMIT": "5/1"}, config=str(config), overrides={"port": "0"})
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == describe(expected)
+    *settings, fast_path = done.stdout.splitlines()
+    assert settings == describe(expected)
+    assert fast_path == "# fast path in force: yes"
     assert {"SLUICE_HEARTBEAT=7", "SLUICE_PORT=0", "SLUICE_RATE_LIMIT=5/1"} < set(done.stdout.splitlines())
+
+
+def test_check_tells_whether_the_fast_path_is_in_force() -> None:
+    """Section 2: SLUICE_FAST_PATH=off leaves only aiohttp's public calls."""
+    assert run("--check", SLUICE_FAST_PATH="off").stdout.endswith("\n# fast path in force: no\n")
 
 
 def test_check_masks_secrets() -> None:

@@ -75,8 +75,11 @@ def check_answer(answer: Answer) -> None:
 class Relay:
     """Asks the server, opened at the first question, and remembers what it left running at the upstream."""
 
-    def __init__(self, serve: Serve, upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture) -> None:
+    def __init__(
+        self, serve: Serve, upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture, fast_path: str
+    ) -> None:
         self.upstream = upstream
+        self._fast_path = fast_path
         self.server: InProcess | None = None
         self.running = 0  # scripts; one that leaves its answer open ends when the relay closes the connection
         self._serve = serve
@@ -87,9 +90,9 @@ class Relay:
         if script is not None:
             self.upstream.script = self._watched(script)
         if self.server is None:
-            self.server = await self._serve(
-                **{"SLUICE_RATE_LIMIT": "off", "LLM_API_KEY": KEY, "LLM_MODEL": "asked"} | environment
-            )
+            settings = {"SLUICE_RATE_LIMIT": "off", "LLM_API_KEY": KEY, "LLM_MODEL": "asked"}
+            self.server = await self._serve(**settings | {"SLUICE_FAST_PATH": self._fast_path} | environment)
+            assert self.server.serving.fast_path is (self._fast_path == "auto")
         return self.server
 
     async def ask(self, script: Script | None = None, **environment: str) -> Answer:
@@ -152,11 +155,14 @@ class Relay:
         return run
 
 
-@pytest.fixture
-async def relay(serve: Serve, upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture) -> AsyncIterator[Relay]:
-    """The server before the fixture ``upstream``; after the test the invariants are checked."""
+@pytest.fixture(params=["auto", "off"])
+async def relay(
+    request: pytest.FixtureRequest, serve: Serve, upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture
+) -> AsyncIterator[Relay]:
+    """The server before the fixture ``upstream``, by the fast path and by the usual one; after the test the invariants
+    are checked."""
     caplog.set_level(logging.DEBUG, logger="sluice")
-    relay = Relay(serve, upstream, caplog)
+    relay = Relay(serve, upstream, caplog, request.param)
     yield relay
     if relay.server is not None:
         await relay.check_aftermath()
