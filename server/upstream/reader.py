@@ -94,7 +94,7 @@ class AnswerReader:
         if failure is not None:
             raise failure
         if self._template is not None:
-            self._tail = self._parser.give_back()
+            self._tail = self._parser.give_back(_MAX_TAIL)
 
     def _read(self, event: ServerSentEvent, wire: bytes) -> Chunk:
         template = self._template

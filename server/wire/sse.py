@@ -69,10 +69,10 @@ class EventStreamParser:
         """Whether what comes next begins an event: nothing of one is held, not even the first half of a line end."""
         return not (self._held or self._partial or self._at_start or self._after_cr)
 
-    def give_back(self) -> bytes:
-        """The bytes of a line that has begun, if nothing else of its event is held: the parser forgets them, and
-        :meth:`feed` may be given them again."""
-        if self._held or self._at_start or self._after_cr:
+    def give_back(self, limit: int) -> bytes:
+        """The bytes of a line that has begun, if nothing else of its event is held and they are at most ``limit``: the
+        parser forgets them, and :meth:`feed` may be given them again."""
+        if self._held or self._at_start or self._after_cr or len(self._partial) > limit:
             return b""
         line = bytes(self._partial)
         self._partial.clear()
