@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from server.relay.log import LogFull, ReplayLog
@@ -97,3 +97,66 @@ def test_the_end_is_said_before_it_is_told() -> None:
     log.subscribe(lambda _batch, _size: seen.append((log.ended, log.next_number)))
     log.end([b"usage\n\n", b"done\n\n"])
     assert seen == [(True, 2)]
+
+
+# ---- A batch
+
+
+@given(st.lists(st.binary(max_size=20), max_size=3), st.lists(st.binary(max_size=20), min_size=1, max_size=6))
+@example([], [b""])
+def test_a_batch_is_as_appending_each_and_publishing(before: list[bytes], batch: list[bytes]) -> None:
+    """The same bytes, numbers and calls; also where something was appended of which nobody has been told."""
+    logs = [log_of(before), log_of(before)]
+    calls: list[list[tuple[bytes, int]]] = [[], []]
+    for log, called in zip(logs, calls, strict=True):
+        log.subscribe(lambda data, size, called=called: called.append((data, size)))  # type: ignore[misc]
+    logs[0].extend(batch)
+    for event in batch:
+        logs[1].append(event)
+    logs[1].publish()
+    ends = [[log.end_of(number) for number in range(log.next_number)] for log in logs]
+    assert ends[0] == ends[1]
+    assert logs[0].read(0, 1000) == logs[1].read(0, 1000) == b"".join(before + batch)
+    assert [call for call in calls[0] if call[0]] == calls[1]
+
+
+@given(st.lists(st.binary(min_size=1, max_size=20), min_size=1, max_size=6), st.integers(1, 50))
+def test_a_batch_over_the_bound_leaves_the_log_as_it_was(batch: list[bytes], lacking: int) -> None:
+    """None of it is appended, and nobody is told."""
+    size = len(b"".join(EVENTS))
+    log, calls = log_of(EVENTS, max_bytes=size + max(0, len(b"".join(batch)) - lacking)), []
+    log.publish()
+    log.subscribe(lambda data, _size: calls.append(data))
+    with pytest.raises(LogFull):
+        log.extend(batch)
+    assert (log.size, log.next_number, log.end_of(2)) == (size, 3, size)
+    assert log.read(0, 1000) == b"".join(EVENTS)
+    assert calls == []
+    log.end([b"end\n\n"])
+    assert calls == [b"end\n\n"]
+
+
+def test_a_batch_that_fills_the_log_to_its_bound_fits() -> None:
+    log = ReplayLog(max_bytes=len(b"".join(EVENTS)))
+    log.extend(EVENTS)
+    assert (log.size, log.next_number) == (len(b"".join(EVENTS)), 3)
+
+
+def test_viewers_are_told_what_is_new_and_how_much_there_is() -> None:
+    log, calls = ReplayLog(max_bytes=1000), []
+    log.subscribe(lambda data, size: calls.append((data, size)))
+    log.append(b"start\n\n")
+    log.extend([b"a\n\n"])
+    log.extend([b"b\n\n", b"c\n\n"])
+    log.append(b"d\n\n")
+    log.end([b"done\n\n"])
+    assert calls == [(b"start\n\na\n\n", 10), (b"b\n\nc\n\n", 16), (b"d\n\ndone\n\n", 25)]
+
+
+def test_nothing_new_tells_nobody() -> None:
+    log, calls = log_of(EVENTS), []
+    log.publish()
+    log.subscribe(lambda data, _size: calls.append(data))
+    log.publish()
+    log.publish()
+    assert calls == []

@@ -277,3 +277,139 @@ async def test_one_that_takes_nothing_holds_nobody_else_up(log: ReplayLog) -> No
     await asyncio.gather(*following)
     assert b"".join(stuck.written) == b"".join(other.written)
     assert len(stuck.written) == 2
+
+
+# ---- Written to in the moment
+
+
+class Taking(FakeConnection):
+    """A connection that takes bytes without a wait, for as long as it is ``ready``; ``now`` are those."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now: list[bytes] = []
+        self.ready = True
+
+    def write_now(self, data: bytes) -> bool:
+        if self.ready:
+            self.now.append(data)
+            self.written.append(data)
+        return self.ready
+
+
+async def test_a_level_viewer_is_written_to_in_the_call_that_tells_of_a_batch(log: ReplayLog) -> None:
+    """No switch to its task: that would cost more than the write."""
+    connection = Taking()
+    viewer = viewer_of(log, connection)
+    log.publish()
+    following = asyncio.create_task(viewer.follow())
+    await asyncio.sleep(0.01)
+    publish(log, b"a\n\n", b"b\n\n")
+    assert connection.now == [b"a\n\nb\n\n"]
+    log.extend([b"c\n\n"])
+    log.extend([b"d\n\n", b"e\n\n"])
+    assert connection.now == [b"a\n\nb\n\n", b"c\n\n", b"d\n\ne\n\n"]
+    assert viewer.level
+    await asyncio.sleep(0.01)
+    log.end()
+    await following
+    assert b"".join(connection.written) == log.read(0, 1000), "its task does not write them once more"
+
+
+async def test_the_start_goes_out_once_though_it_was_not_published(log: ReplayLog) -> None:
+    """It was read from the log before anybody was told of it: the first batch holds it again."""
+    connection = Taking()
+    following = asyncio.create_task(viewer_of(log, connection).follow())
+    await asyncio.sleep(0.01)
+    assert connection.written == [b"start\n\n"]
+    log.extend([b"a\n\n"])
+    await asyncio.sleep(0.01)
+    log.extend([b"b\n\n"])
+    log.end()
+    await following
+    assert connection.written == [b"start\n\n", b"a\n\n", b"b\n\n"]
+
+
+async def test_the_last_events_go_out_with_the_responses_end(log: ReplayLog) -> None:
+    """In one segment, and only ``finish`` ends a response."""
+    connection = Taking()
+    viewer = viewer_of(log, connection)
+    following = asyncio.create_task(viewer.follow())
+    await asyncio.sleep(0.01)
+    log.extend([b"a\n\n"])
+    await asyncio.sleep(0.01)
+    log.extend([b"b\n\n"])
+    log.end([b"usage\n\n", b"done\n\n"])
+    assert connection.now == [b"b\n\n"]
+    assert not viewer.finished
+    await following
+    assert connection.written == [b"start\n\n", b"a\n\n", b"b\n\n", b"usage\n\ndone\n\n"]
+    assert connection.finished
+    assert viewer.finished
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_who_refuses_falls_back_to_waiting_and_loses_nothing(log: ReplayLog, turns: int) -> None:
+    """Nor gets it twice, wherever its task is when it takes bytes again."""
+    connection = Taking()
+    following = asyncio.create_task(viewer_of(log, connection).follow())
+    await asyncio.sleep(0.01)
+    log.publish()
+    for number in range(20):
+        connection.ready = number % 3 != 1
+        if number % 5 == 2:
+            connection.open.clear()
+        log.extend([b"%d\n\n" % number])
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        connection.open.set()
+    log.end([b"done\n\n"])
+    await following
+    assert b"".join(connection.written) == log.read(0, 1000)
+    assert bool(connection.now) is (turns > 0), "the task that waits for its turn finds it in the log"
+
+
+async def test_one_that_lags_is_written_to_by_its_task(log: ReplayLog) -> None:
+    """What it has not been sent yet stands before the batch."""
+    connection = Taking()
+    connection.open.clear()
+    following = asyncio.create_task(viewer_of(log, connection).follow())
+    await asyncio.sleep(0.01)
+    log.extend([b"a\n\n"])
+    log.extend([b"b\n\n"])
+    assert connection.now == []
+    connection.open.set()
+    await asyncio.sleep(0.01)
+    assert connection.written == [b"start\n\n", b"a\n\nb\n\n"]
+    log.extend([b"c\n\n"])
+    assert connection.now == [b"c\n\n"]
+    log.end()
+    await following
+
+
+async def test_what_is_written_in_the_moment_takes_the_place_of_pings(log: ReplayLog) -> None:
+    connection = Taking()
+    following = asyncio.create_task(viewer_of(log, connection, heartbeat=0.3).follow())
+    await asyncio.sleep(0.01)
+    for _ in range(20):
+        log.extend([b"a\n\n"])
+        await asyncio.sleep(0.03)
+    log.end()
+    await following
+    assert len(connection.now) > 10
+    assert PING not in connection.written
+
+
+async def test_who_takes_nothing_of_what_was_written_in_the_moment_is_dropped(log: ReplayLog) -> None:
+    connection = Taking()
+    viewer = viewer_of(log, connection, write_timeout=0.2)
+    log.publish()
+    following = asyncio.create_task(viewer.follow())
+    await asyncio.sleep(0.01)
+    log.extend([b"a\n\n"])
+    connection.untaken = 3
+    assert connection.now == [b"a\n\n"]
+    await asyncio.sleep(0.5)
+    assert viewer.stalled
+    log.end()
+    await asyncio.wait([following])

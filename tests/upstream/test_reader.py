@@ -1,0 +1,278 @@
+"""An answer's bytes to what they say: however they are cut, and whether or not the short cut is taken."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.upstream.attempt import AttemptFailed
+from server.upstream.reader import MAX_MALFORMED_EVENTS, AnswerReader
+from server.wire.chunks import DONE, Chunk, MalformedChunk, Usage, decode_chunk
+from server.wire.sse import EventStreamParser
+from server.wire.template import TokenTemplate
+from tests.upstream.recording import Recording
+from tests.upstream_sim import chunk
+
+
+def event(value: Any, line_end: bytes = b"\n") -> bytes:
+    data = value if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False).encode()
+    return b"data: " + data + 2 * line_end
+
+
+def token(text: str, **fields: Any) -> bytes:
+    return event(chunk({"content": text}, **fields))
+
+
+def cut(wire: bytes, cuts: list[int]) -> list[bytes]:
+    places = sorted(min(place, len(wire)) for place in cuts)
+    return [wire[a:b] for a, b in zip([0, *places], [*places, len(wire)], strict=True)]
+
+
+def read(*pieces: bytes) -> tuple[Recording, AnswerReader]:
+    sink = Recording()
+    reader = AnswerReader(sink)
+    for piece in pieces:
+        if not reader.over:
+            reader.feed(piece)
+    return sink, reader
+
+
+class Said(NamedTuple):
+    """What an answer came to."""
+
+    texts: list[str]
+    model: str | None
+    finish_reasons: list[str]
+    usages: list[Usage]
+    done: int
+
+
+def said_by(chunks: list[Chunk], done: int) -> Said:
+    return Said(
+        [delta.text for chunk in chunks for delta in chunk.deltas],
+        next((chunk.model for chunk in reversed(chunks) if chunk.model), None),
+        [chunk.finish_reason for chunk in chunks if chunk.finish_reason],
+        [chunk.usage for chunk in chunks if chunk.usage],
+        done,
+    )
+
+
+def decoded(wire: bytes) -> Said:
+    """The same, each event decoded by itself."""
+    chunks: list[Chunk] = []
+    for found in EventStreamParser().feed(wire):
+        if found.data == DONE:
+            return said_by(chunks, 1)
+        with contextlib.suppress(MalformedChunk):
+            chunks.append(decode_chunk(found.data))
+    return said_by(chunks, 0)
+
+
+TOKENS = st.sampled_from(["Hel", "lo", " ", "é中😀", 'q"', "a\nb", "", "stop", "sim", "c-1"])
+EVENTS = st.one_of(
+    TOKENS.map(token),
+    TOKENS.map(token),
+    st.sampled_from(
+        [
+            token("x", model="sim-2"),
+            token("x", obfuscation="aB"),
+            event(chunk({"content": "x"}), b"\r\n"),
+            event(chunk({"content": "x"}), b"\r"),
+            event(chunk({"role": "assistant", "content": ""})),
+            event(chunk({"role": "assistant"}, model="sim-3")),
+            event(chunk({"reasoning": "hm"})),
+            event(chunk({}, "stop")),
+            event(chunk({"content": "last"}, "length")),
+            event(chunk(usage={"prompt_tokens": 1, "completion_tokens": 2})),
+            token("\udcff".encode("utf-8", "surrogateescape").decode("latin-1")),
+            token("<half>").replace(b"<half>", b"a\xc3"),
+            b": comment\n",
+            b": comment\n\n",
+            b"\n",
+            b"id: 7\n",
+            b"retry: 5\n\n",
+            b"data: not JSON\n\n",
+            b"data: [1]\n\n",
+            b'data: {"choices":[\ndata: {"delta":{"content":"two lines"}}]}\n\n',
+            b'data:{"choices":[{"delta":{"content":"no space"}}]}\n\n',
+        ]
+    ),
+)
+ENDS = st.sampled_from([b"", event(DONE), event(DONE) + token("behind"), token("cut")[:-1], token("cut")[:-20]])
+WIRES = st.builds(lambda events, end: b"".join([*events, end]), st.lists(EVENTS, max_size=10), ENDS)
+CUTS = st.lists(st.integers(0, 1500), max_size=10)
+
+
+@given(WIRES, CUTS)
+def test_however_the_bytes_are_cut_they_say_what_each_event_says(wire: bytes, cuts: list[int]) -> None:
+    sink, reader = read(*cut(wire, cuts))
+    # Texts that came undecoded name no model: it is that of the event which the template was learnt from.
+    assert said_by(sink.chunks, sink.done) == decoded(wire)
+    assert reader.over is (sink.done == 1)
+
+
+@given(st.lists(st.sampled_from(["Hel", "lo", "é中😀"]), min_size=3, max_size=12), CUTS, st.booleans())
+def test_tokens_of_one_frame_come_in_their_order(texts: list[str], cuts: list[int], crlf: bool) -> None:
+    line_end = b"\r\n" if crlf else b"\n"
+    wire = b"".join(event(chunk({"content": text}), line_end) for text in texts)
+    sink, _ = read(*cut(wire, cuts))
+    assert sink.texts == texts
+
+
+# ---- The short cut
+
+USUAL = [str(number) for number in range(100)]
+
+
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
+def test_a_usual_stream_is_decoded_once(line_end: bytes) -> None:
+    """The first of its tokens; each read brings one event."""
+    sink, _ = read(*[event(chunk({"content": text}), line_end) for text in USUAL])
+    assert sink.texts == USUAL
+    assert sink.undecoded == len(USUAL) - 1
+
+
+@pytest.mark.parametrize("step", [50, 100, 141, 1000])
+def test_reads_that_cut_events_take_the_short_cut_too(step: int) -> None:
+    """Once one event has come whole; but where the cut goes through a line end."""
+    first, *others = map(token, USUAL)
+    wire = b"".join(others)
+    sink, _ = read(first, *[wire[at : at + step] for at in range(0, len(wire), step)])
+    assert sink.texts == USUAL
+    assert sink.undecoded > len(USUAL) * 0.9
+
+
+@pytest.mark.parametrize("between", [b": ping\n\n", token("a\nb"), event(chunk({"role": "assistant"})), b"\n"])
+def test_what_has_to_be_decoded_ends_no_short_cut(between: bytes) -> None:
+    sink, _ = read(*map(token, USUAL), between, *map(token, USUAL))
+    assert sink.undecoded > 190
+
+
+class Lessons:
+    """Counts what is learnt from, and what is decoded."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self.decoded = 0
+        learn = TokenTemplate.learn
+
+        def counted(data: bytes, chunk: Chunk, wire: bytes) -> TokenTemplate | None:
+            self.count += 1
+            return learn(data, chunk, wire)
+
+        def decode(data: bytes) -> Chunk:
+            self.decoded += 1
+            return decode_chunk(data)
+
+        patch.setattr(TokenTemplate, "learn", counted)
+        patch.setattr("server.upstream.reader.decode_chunk", decode)
+
+
+@pytest.mark.parametrize("together", [1, 10])
+def test_learning_is_given_up_where_the_frame_changes_with_each_event(
+    monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    """A padding, or a time of day: learning would cost more than it saves."""
+    lessons = Lessons(monkeypatch)
+    events = [token(text, created=number) for number, text in enumerate(USUAL)]
+    sink, _ = read(*[b"".join(events[at : at + together]) for at in range(0, len(events), together)])
+    assert sink.texts == USUAL
+    assert lessons.count <= 5
+    assert lessons.decoded == len(USUAL)
+
+
+def test_learning_is_not_given_up_where_the_frame_changes_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time in seconds, at a hundred tokens a second."""
+    lessons = Lessons(monkeypatch)
+    events = [token(text, created=number // 10) for number, text in enumerate(USUAL)]
+    sink, _ = read(*events)
+    assert sink.texts == USUAL
+    assert sink.undecoded == 90
+    assert lessons.count == 10
+
+
+@pytest.mark.parametrize("last", [token("x", model="sim-2"), event(chunk({"role": "assistant"}, model="sim-2"))])
+@pytest.mark.parametrize("behind", ["in one read", "in reads of their own"])
+def test_the_model_that_is_named_last_is_reported_last(last: bytes, behind: str) -> None:
+    """The answer's usage event tells who answered."""
+    tokens = [token(text) for text in USUAL[:5]]
+    named = [last, *[token(text, model="sim-2") for text in USUAL[:5]], token("y", model="sim-3")]
+    sink, _ = read(*tokens, *([b"".join(named)] if behind == "in one read" else named))
+    assert [chunk.model for chunk in sink.chunks if chunk.model][-2:] == ["sim-2", "sim-3"]
+    sink, _ = read(*tokens, *named, *tokens)
+    assert said_by(sink.chunks, 0).model == "sim"
+
+
+# ---- The end
+
+
+@pytest.mark.parametrize("learnt", [0, 5])
+def test_nothing_behind_done_is_taken(learnt: int) -> None:
+    sink, reader = read(*[token("x")] * learnt, token("y") + event(DONE) + token("z") + event(DONE))
+    assert sink.texts == ["x"] * learnt + ["y"]
+    assert sink.done == 1
+    assert reader.over
+
+
+def test_a_finish_reason_is_noted_before_done() -> None:
+    _, reader = read(token("x"), token("y"))
+    assert not reader.finished
+    _, reader = read(token("x"), token("y"), event(chunk({}, "stop")))
+    assert reader.finished
+    assert not reader.over
+
+
+MALFORMED = b"data: not JSON\n\n"
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_more_than_ten_malformed_events_are_no_stream(together: bool) -> None:
+    """What is good before that is handed on."""
+    sink = Recording()
+    reader = AnswerReader(sink)
+    for good in (
+        [b"".join([MALFORMED, token("x")] * MAX_MALFORMED_EVENTS)]
+        if together
+        else [
+            MALFORMED,
+            token("x"),
+        ]
+        * MAX_MALFORMED_EVENTS
+    ):
+        reader.feed(good)
+    with pytest.raises(AttemptFailed) as caught:
+        reader.feed(token("last") + MALFORMED + token("behind"))
+    assert caught.value.error.code == "upstream_invalid"
+    assert sink.texts == ["x"] * 10 + ["last"]
+
+
+@pytest.mark.parametrize(
+    "failure", [event({"error": {"message": "x"}}), b"event: error\n" + token("x"), b"event: error\ndata: x\n\n"]
+)
+@pytest.mark.parametrize("learnt", [1, 5])
+def test_an_error_in_the_stream_ends_it_behind_what_was_good(failure: bytes, learnt: int) -> None:
+    """Also one that looks like a token but for the event's type."""
+    sink = Recording()
+    reader = AnswerReader(sink)
+    reader.feed(token("x") * learnt)
+    with pytest.raises(AttemptFailed):
+        reader.feed(token("y") + failure + token("z"))
+    assert sink.texts == ["x"] * learnt + ["y"]
+
+
+def test_an_event_without_end_is_no_stream() -> None:
+    """The short cut keeps no line longer than the parser would."""
+    sink = Recording()
+    reader = AnswerReader(sink)
+    reader.feed(token("x") + token("y") + b"data: ")
+    for _ in range(31):
+        reader.feed(b"z" * (32 << 10))
+    with pytest.raises(AttemptFailed) as caught:
+        reader.feed(b"z" * (32 << 10))
+    assert caught.value.error.code == "upstream_invalid"
+    assert sink.texts == ["x", "y"]
