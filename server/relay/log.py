@@ -92,6 +92,8 @@ class ReplayLog:
 
         Raises LogFull if not all of them fit, with none appended. The hot path.
         """
+        if not events:
+            return
         held = len(self._bytes)
         if len(events) == 1:
             batch = events[0]

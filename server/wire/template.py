@@ -87,7 +87,8 @@ class TokenTemplate:
         after = self._after
         first, last = len(begin), -len(after)
         texts = [piece[first:last] for piece in pieces if piece.startswith(begin) and piece.endswith(after)]
-        return texts if len(texts) == len(pieces) and all(texts) and _is_plain(b"".join(texts)) else None
+        # Joined by a space: halves of one character, cut over two events, are not to be taken for a whole one.
+        return texts if len(texts) == len(pieces) and all(texts) and _is_plain(b" ".join(texts)) else None
 
 
 def _line_end_behind(line: bytes, wire: bytes) -> bytes | None:

@@ -251,3 +251,9 @@ def test_an_event_in_another_framing_is_not_learnt(wire: bytes) -> None:
 def test_the_template_names_the_model() -> None:
     assert learnt(data_of("x", model="m-1")).model == "m-1"
     assert learnt(data_of("x", model=None)).model is None
+
+
+def test_a_character_that_is_cut_over_two_events_is_no_plain_text() -> None:
+    """However many events one read brings, each half is by itself what it is alone: no UTF-8."""
+    halves = framed(BEFORE + b"\xc3" + AFTER) + framed(BEFORE + b"\xa9" + AFTER)
+    assert learnt(data_of("x")).texts_of(halves) is None
