@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.check:
         code = sys.stdout.encoding
         in_force = "yes" if asyncio.run(takes_fast_path(settings)) else "no"
-        for line in [*describe(settings), f"# fast path in force: {in_force}"]:  # a prompt may hold letters that the locale lacks; stderr escapes by itself
+        # A prompt may hold letters that the locale lacks; stderr escapes by itself.
+        for line in [*describe(settings), f"# fast path in force: {in_force}"]:
             sys.stdout.write(f"{line}\n".encode(code, "backslashreplace").decode(code))
         return 0
     return run(settings, os.environ)

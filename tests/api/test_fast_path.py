@@ -88,6 +88,7 @@ async def test_an_answer_that_is_cancelled_leaves_the_collector_nothing(
     serve: Serve, upstream: ScriptedUpstream, connect: Connect, settled: Settled, fast_path: str
 ) -> None:
     """What only a collection frees piles up until one stands everything still."""
+
     async def script(call: Call) -> None:
         await call.head()
         await call.token("x")
