@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import socket
 import ssl
@@ -205,7 +206,9 @@ class Exchange:
         self.writer.transport.abort()
 
     def half_close(self) -> None:
-        self.writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
+        # By another descriptor of the same socket: uvloop does not show the one that it has.
+        with socket.socket(fileno=os.dup(self.writer.get_extra_info("socket").fileno())) as same:
+            same.shutdown(socket.SHUT_WR)
 
 
 @contextlib.asynccontextmanager
