@@ -130,7 +130,7 @@ async def test_a_retry_after_longer_than_the_back_off_is_what_is_waited(no_pause
     relayed = Relayed(failing(failed), saying(TOKEN))
     began_at = time.monotonic()
     await relayed.run()
-    assert time.monotonic() - began_at >= 0.2
+    assert time.monotonic() - began_at >= 0.198
 
 
 async def test_a_retry_after_shorter_than_the_back_off_does_not_shorten_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ async def test_a_retry_after_shorter_than_the_back_off_does_not_shorten_it(monke
     relayed = Relayed(failing(failed), saying(TOKEN))
     began_at = time.monotonic()
     await relayed.run()
-    assert time.monotonic() - began_at >= 0.2
+    assert time.monotonic() - began_at >= 0.198  # uvloop counts a timer in whole milliseconds
 
 
 async def test_a_pause_that_does_not_fit_the_first_token_time_is_not_begun() -> None:
