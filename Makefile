@@ -52,4 +52,4 @@ $(VENV)/dev: requirements-dev.lock | $(VENV)/python
 	@touch $@ $(VENV)/runtime
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis
