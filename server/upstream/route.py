@@ -20,6 +20,7 @@ __all__ = ["UpstreamRoute", "backoff"]
 
 _FIRST_DELAY: Final = 0.25  # s; doubled for each further try
 _LONGEST_DELAY: Final = 8.0  # s
+_LEAST_TRY: Final = 0.05  # s; what would have less of the first-token time left would be begun in vain
 
 _log = logging.getLogger("sluice.upstream")
 
@@ -99,7 +100,7 @@ class UpstreamRoute:
                 delay = backoff(tries)
                 if failed.retry_after is not None:
                     delay = max(delay, failed.retry_after)
-                if loop.time() + delay >= silence.deadline:
+                if loop.time() + delay + _LEAST_TRY >= silence.deadline:
                     self._report(failed, tries)
                     raise failed.error from failed
                 log_event(
