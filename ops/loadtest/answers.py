@@ -81,8 +81,8 @@ _chunk_decoder = msgspec.json.Decoder(_Chunk)
 _message_decoder = msgspec.json.Decoder(_Message)
 
 
-class OpenAIReader:
-    """``chat.completion.chunk`` objects (contract, section 5). It has no ids: nothing can be resumed."""
+class _Reader:
+    """What is known of an answer so far."""
 
     def __init__(self) -> None:
         self.error_code = ""
@@ -90,6 +90,10 @@ class OpenAIReader:
         self.completion_tokens: int | None = None
         self.lost = self.doubled = 0
         self.last_event_id = b""
+
+
+class OpenAIReader(_Reader):
+    """``chat.completion.chunk`` objects (contract, section 5). It has no ids: nothing can be resumed."""
 
     def take(self, event: ServerSentEvent) -> Said:
         data = event.data
@@ -113,15 +117,11 @@ class OpenAIReader:
         return Said.NOTHING
 
 
-class SluiceReader:
+class SluiceReader(_Reader):
     """The browser's stream (contract, section 3), whose ids are checked: each one more than the one before."""
 
     def __init__(self) -> None:
-        self.error_code = ""
-        self.prompt_tokens: int | None = None
-        self.completion_tokens: int | None = None
-        self.lost = self.doubled = 0
-        self.last_event_id = b""
+        super().__init__()
         self._stream_id = b""
         self._next = 0  # N of the event that is due
         self._tokens = 0  # content tokens taken

@@ -75,10 +75,7 @@ def _event_stream(request: web.Request, kind: type[web.StreamResponse]) -> web.S
 def _can_resume(request: web.Request) -> bool:
     """Whether the client asked for an event stream by its name, as EventSource does and curl does not: it then knows
     how to go on behind the last event (contract, section 3)."""
-    accepts = request.headers.getall("Accept", [])
-    if accepts == ["text/event-stream"]:  # as EventSource says it
-        return True
-    ranges = ",".join(accepts).split(",")
+    ranges = ",".join(request.headers.getall("Accept", [])).split(",")
     return any(media.partition(";")[0].strip().lower() == "text/event-stream" for media in ranges)
 
 

@@ -95,17 +95,14 @@ class ReplayLog:
         if not events:
             return
         held = len(self._bytes)
-        if len(events) == 1:
-            batch = events[0]
-            if held + len(batch) > self._max_bytes:
-                raise LogFull
-            self._ends.append(held + len(batch))
-        else:
-            batch = b"".join(events)
-            if held + len(batch) > self._max_bytes:
-                raise LogFull
-            self._ends.extend(islice(accumulate(map(len, events), initial=held), 1, None))
+        batch = b"".join(events)  # of a single one it is that one, and no copy
+        if held + len(batch) > self._max_bytes:
+            raise LogFull
         self._bytes += batch
+        if len(events) == 1:
+            self._ends.append(len(self._bytes))
+        else:
+            self._ends.extend(islice(accumulate(map(len, events), initial=held), 1, None))
         if self._told == held:
             self._tell(batch)
         else:

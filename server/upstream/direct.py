@@ -74,7 +74,7 @@ class DirectConnection(ResponseHandler):
         self._go_on()
 
     def detach(self, receiver: BodyReceiver) -> None:
-        """Let what still comes go into aiohttp's stream. The connection may serve somebody else by now."""
+        """Hand it nothing more. The connection may serve somebody else by now."""
         if self._receiver is receiver:
             self._receiver = None
 
