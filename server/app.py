@@ -36,7 +36,8 @@ from server.relay.admission import TokenBuckets
 from server.relay.desk import Desk
 from server.settings import Settings
 from server.upstream import direct
-from server.upstream.client import Endpoint, UpstreamClient
+from server.upstream.client import UpstreamClient
+from server.upstream.endpoint import Endpoint
 from server.upstream.route import UpstreamRoute
 
 __all__ = ["create_admin_app", "create_app", "fast_path_works"]
@@ -96,14 +97,26 @@ async def _open_relay(app: web.Application) -> AsyncIterator[None]:
     async with UpstreamClient(connect_timeout=settings.connect_timeout, direct=app[FAST_PATH]) as client:
         route = UpstreamRoute(
             client,
-            Endpoint(settings.llm_base_url, settings.llm_model, settings.llm_api_key),
+            _endpoints(settings),
             first_token_timeout=settings.first_token_timeout,
             idle_timeout=settings.idle_timeout,
             retries=settings.retries,
+            hedge_after=settings.hedge_after,
         )
         app[DESK] = Desk(route, settings)
         yield
         await app[DESK].close()
+
+
+def _endpoints(settings: Settings) -> list[Endpoint]:
+    """In the order in which they are asked."""
+    return [
+        Endpoint(settings.llm_base_url, settings.llm_model, settings.llm_api_key),
+        *(
+            Endpoint(fallback.base_url, fallback.model or settings.llm_model, fallback.api_key, f"fallback_{number}")
+            for number, fallback in enumerate(settings.fallbacks, 1)
+        ),
+    ]
 
 
 def _add_api(app: web.Application, settings: Settings) -> None:

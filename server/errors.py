@@ -6,6 +6,7 @@ RelayError
 │   ├── OriginNotAllowed     403
 │   ├── NotFound             404
 │   ├── StreamNotFound       404
+│   ├── ModelNotFound        404
 │   ├── MethodNotAllowed     405
 │   ├── RequestTimeout       408
 │   ├── BodyTooLarge         413
@@ -15,7 +16,7 @@ RelayError
 │   ├── TooManyStreams       429
 │   ├── Overloaded           503
 │   └── ShuttingDown         503
-├── UpstreamFailed           after admission: an event in the stream (server/wire/events.py)
+├── UpstreamFailed           after admission: an event in the stream (server/wire/), or a status where none is sent yet
 │   ├── UpstreamUnreachable  DNS, connect, TLS
 │   ├── UpstreamTimeout      first token or idle
 │   ├── UpstreamRateLimited  429
@@ -31,7 +32,9 @@ RelayError
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 __all__ = [
     "AnswerTooLarge",
@@ -40,6 +43,7 @@ __all__ = [
     "Interrupted",
     "InvalidRequest",
     "MethodNotAllowed",
+    "ModelNotFound",
     "NotFound",
     "OriginNotAllowed",
     "Overloaded",
@@ -47,6 +51,7 @@ __all__ = [
     "Refused",
     "RelayError",
     "RequestTimeout",
+    "Said",
     "ShuttingDown",
     "StreamNotFound",
     "StreamTimeout",
@@ -68,6 +73,7 @@ class RelayError(Exception):
     """What can go wrong with a request for an answer. ``str()`` is the text that the client reads."""
 
     code: str = "internal_error"
+    status: ClassVar[int] = 500  # where it can still be told by a status
     retryable: bool = True
     message: ClassVar[str] = "Something went wrong on our side."
 
@@ -84,7 +90,7 @@ class Refused(RelayError):
     ``retry_after`` is in whole seconds, or None where waiting does not help.
     """
 
-    status: ClassVar[int] = 400
+    status = 400
 
     def __init__(self, message: str | None = None, *, retry_after: int | None = None) -> None:
         super().__init__(message)
@@ -92,11 +98,14 @@ class Refused(RelayError):
 
 
 class InvalidRequest(Refused):
+    """``param`` is the field at fault, where one is."""
+
     retryable = False
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.code = code
+        self.param = param
 
 
 class OriginNotAllowed(Refused):
@@ -112,6 +121,13 @@ class NotFound(Refused):
 class StreamNotFound(Refused):
     code, status, retryable = "stream_not_found", 404, False
     message = "There is no such stream, or no longer: an answer is kept for a short while after its end."
+
+
+class ModelNotFound(Refused):
+    code, status, retryable = "model_not_found", 404, False
+
+    def __init__(self, models: Sequence[str]) -> None:
+        super().__init__(f"There is no such model here; what there is: {', '.join(models)}.")
 
 
 class MethodNotAllowed(Refused):
@@ -165,8 +181,26 @@ class ShuttingDown(Refused):
 # ---- After admission: an event in the stream
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """What an upstream itself said of a failure. Nothing in it tells of our key, our account, or where the upstream is:
+    it is for clients that know the upstream's own language (contract, section 5)."""
+
+    status: int
+    error: Mapping[str, Any] | None = None  # OpenAI's error object
+    headers: Mapping[str, str] = field(default_factory=dict)
+    request_id: str | None = None
+    context_exceeded: bool = False  # the conversation is too long for that model
+
+
 class UpstreamFailed(RelayError):
     """The upstream gave no answer, or only a part of one."""
+
+    status = 502
+
+    def __init__(self, message: str | None = None, *, said: Said | None = None) -> None:
+        super().__init__(message)
+        self.said = said
 
 
 class UpstreamUnreachable(UpstreamFailed):
@@ -174,11 +208,12 @@ class UpstreamUnreachable(UpstreamFailed):
 
 
 class UpstreamTimeout(UpstreamFailed):
-    code, message = "upstream_timeout", "The model took too long to answer."
+    code, status, message = "upstream_timeout", 504, "The model took too long to answer."
 
 
 class UpstreamRateLimited(UpstreamFailed):
-    code, message = "upstream_rate_limited", "The model is answering too many requests at the moment."
+    code, status = "upstream_rate_limited", 429
+    message = "The model is answering too many requests at the moment."
 
 
 class UpstreamRejected(UpstreamFailed):
@@ -199,15 +234,16 @@ class UpstreamIncomplete(UpstreamFailed):
 
 
 class StreamTimeout(RelayError):
-    code, message = "stream_timeout", "The answer took longer than this server allows."
+    code, status, message = "stream_timeout", 504, "The answer took longer than this server allows."
 
 
 class AnswerTooLarge(RelayError):
-    code, retryable, message = "answer_too_large", False, "The answer grew larger than this server allows."
+    code, status, retryable = "answer_too_large", 502, False
+    message = "The answer grew larger than this server allows."
 
 
 class Interrupted(RelayError):
-    code, message = "interrupted", "The answer was interrupted before its end."
+    code, status, message = "interrupted", 503, "The answer was interrupted before its end."
 
 
 class InternalError(RelayError):

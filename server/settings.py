@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import json
 import math
 import os
 import re
@@ -21,6 +22,7 @@ from yarl import URL
 
 __all__ = [
     "CONFIG_VARIABLE",
+    "Fallback",
     "Mistakes",
     "Option",
     "Rate",
@@ -52,8 +54,9 @@ class Mistakes(Exception):
 class Reader(Generic[T]):
     """Turns what stands in the environment (text) or in the file (a TOML value) into the setting.
 
-    ``read`` raises ValueError for what it does not take, with a reason that begins with "it " where there is more to
-    tell; ``takes`` says what it does. ``toml`` has the types that the file may use; the environment has only text.
+    ``read`` raises ValueError for what it does not take, with a reason that begins with "it " or "its " where there is
+    more to tell; ``takes`` says what it does. ``toml`` has the types that the file may use; the environment has only
+    text.
     """
 
     takes: str
@@ -239,6 +242,54 @@ def _read_proxies(value: Any) -> TrustedProxies:
     return TrustedProxies(tuple(ipaddress.ip_network(item) for item in items if item != "unix"), "unix" in items)
 
 
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """A further upstream. ``model`` is empty where it is asked for the same one."""
+
+    base_url: str
+    api_key: str = field(default="", repr=False)
+    model: str = ""
+
+    def __str__(self) -> str:
+        """As JSON, without the key."""
+        shown = {"base_url": self.base_url, "api_key": self.api_key and "***", "model": self.model}
+        return json.dumps({name: text for name, text in shown.items() if text}, separators=(",", ":"))
+
+
+def _read_fallbacks(value: Any) -> tuple[Fallback, ...]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else []
+        except RecursionError:
+            raise ValueError from None
+    if not isinstance(value, list):
+        raise ValueError("it is not a list")
+    return tuple(_read_fallback(f"entry {number}", item) for number, item in enumerate(value, 1))
+
+
+def _read_fallback(where: str, item: Any) -> Fallback:
+    if not isinstance(item, dict) or not set(item) <= {"base_url", "api_key", "model"}:
+        raise ValueError(f"its {where} is not an object of base_url, api_key and model")
+    try:
+        base_url = _read_base_url(item.get("base_url", ""))
+    except ValueError:
+        base_url = ""
+    if not base_url:
+        raise ValueError(f"its {where} has no base_url that is an http or https URL without key and query")
+    try:
+        model = _read_name(item["model"]) if "model" in item else ""
+        return Fallback(base_url, _read_key(item.get("api_key", "")), model)
+    except ValueError:
+        raise ValueError(f"its {where} has an api_key or a model that cannot be one") from None
+
+
+def _read_hedge(value: Any) -> float | None:
+    return None if value == "off" else _HEDGE.read(value)
+
+
+_HEDGE: Final = _seconds(0.01, 3600)
+
+
 def _read_grace(value: Any) -> float:
     return math.inf if value == "finish" else _GRACE.read(value)
 
@@ -268,6 +319,16 @@ class Settings:
         Reader("a key of printable ASCII", _read_key), "", "sent upstream as Authorization: Bearer", secret=True
     )
     llm_model: str = _option(Reader("a model's name", _read_name), "gpt-4o-mini", "the model asked for")
+    fallbacks: tuple[Fallback, ...] = _option(
+        Reader(
+            'a JSON list such as [{"base_url":"https://…/v1","api_key":"…","model":"…"}]',
+            _read_fallbacks,
+            toml=(str, list),
+        ),
+        (),
+        'a JSON list of further upstreams, `{"base_url","api_key","model"}`, asked in this order where the first fails',
+        secret=True,
+    )
     host: str = _option(Reader("an address or host name", _read_host), "127.0.0.1", "the public listener's address")
     port: int = _option(_PORT, 4001, "the public listener's port; 0 = any free one")
     socket: str = _option(
@@ -314,6 +375,11 @@ class Settings:
     )
     heartbeat: float = _option(_seconds(0.01, 3600), 15.0, "s of silence before a ping is sent")
     retries: int = _option(_integer(0, 10), 2, "further tries before the first token")
+    hedge_after: float | None = _option(
+        Reader(f"{_HEDGE.takes}, or off", _read_hedge, toml=(*_HEDGE.toml, str)),
+        None,
+        "s without a first token after which the next upstream is asked too",
+    )
     fast_path: str = _option(
         _choice("auto", "off"),
         "auto",
@@ -337,6 +403,12 @@ class Settings:
     def max_message_chars(self) -> int:
         """Code points of one message of a chat: it may hold an answer, and not only a question."""
         return 32 * self.max_query_chars
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Those that can be asked for, the first one where nothing is said."""
+        others = [fallback.model for fallback in self.fallbacks if fallback.model]
+        return tuple(dict.fromkeys([self.llm_model, *others]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,7 +443,7 @@ def describe(settings: Settings) -> list[str]:
     lines = []
     for option in options():
         value = getattr(settings, option.name)
-        shown = ("***" if value else "") if option.secret else _as_text(value)
+        shown = ("***" if value else "") if option.secret and isinstance(value, str) else _as_text(value)
         lines.append(f"{option.variable}={shown}")
     return lines
 
@@ -386,6 +458,8 @@ def _as_text(value: Any) -> str:
             return "finish"
         case float():
             return f"{value:g}"
+        case (Fallback(), *_):
+            return f"[{','.join(map(str, value))}]"
         case tuple():
             return ",".join(map(str, value))
         case _:
@@ -511,7 +585,7 @@ def _quote(option: Option, value: Any) -> str:
 
 def _because(exc: Exception) -> str:
     # Only our own words: a library's may quote the value.
-    reason = str(exc) if type(exc) is ValueError and exc.args and str(exc).startswith("it ") else ""
+    reason = str(exc) if type(exc) is ValueError and exc.args and str(exc).startswith(("it ", "its ")) else ""
     return f"; {reason}" if reason else ""
 
 

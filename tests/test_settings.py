@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.settings import Mistakes, Rate, Settings, TrustedProxies, describe, options, read_settings
+from server.settings import Fallback, Mistakes, Rate, Settings, TrustedProxies, describe, options, read_settings
 
 SECRET: Final = "sk-canary-0123456789"
+SECRETS: Final = ["LLM_API_KEY", "SLUICE_FALLBACKS"]  # the settings that hold one
 
 LOOPBACK: Final = TrustedProxies(
     (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128")),
@@ -28,6 +29,7 @@ TABLE: Final = [
     ("LLM_BASE_URL", "llm_base_url", ""),
     ("LLM_API_KEY", "llm_api_key", ""),
     ("LLM_MODEL", "llm_model", "gpt-4o-mini"),
+    ("SLUICE_FALLBACKS", "fallbacks", ()),
     ("SLUICE_HOST", "host", "127.0.0.1"),
     ("SLUICE_PORT", "port", 4001),
     ("SLUICE_SOCKET", "socket", ""),
@@ -49,6 +51,7 @@ TABLE: Final = [
     ("SLUICE_WRITE_TIMEOUT", "write_timeout", 30.0),
     ("SLUICE_HEARTBEAT", "heartbeat", 15.0),
     ("SLUICE_RETRIES", "retries", 2),
+    ("SLUICE_HEDGE_AFTER", "hedge_after", None),
     ("SLUICE_FAST_PATH", "fast_path", "auto"),
     ("SLUICE_RESUME_GRACE", "resume_grace", 5.0),
     ("SLUICE_RESUME_WINDOW", "resume_window", 60.0),
@@ -62,9 +65,7 @@ VARIABLES: Final = [variable for variable, _, _ in TABLE] + ["SLUICE_SYSTEM_PROM
 
 # Settings of the contract that no code obeys yet: to accept them would be to promise what does not happen.
 LATER: Final = [
-    "SLUICE_FALLBACKS",
     "SLUICE_WORKERS",
-    "SLUICE_HEDGE_AFTER",
     "SLUICE_RESCUE",
     "SLUICE_REDIS_URL",
     "SLUICE_API_KEYS_FILE",
@@ -126,6 +127,15 @@ GOOD: Final = [
     ("LLM_BASE_URL", "", '""', ""),
     ("LLM_API_KEY", f"{SECRET}\n", f'"{SECRET}"', SECRET),
     ("LLM_MODEL", "meta/llama-3:70b", '"meta/llama-3:70b"', "meta/llama-3:70b"),
+    (
+        "SLUICE_FALLBACKS",
+        f'[{{"base_url":"http://b/v1/"}},{{"base_url":"https://c","api_key":"{SECRET}","model":"m"}}]',
+        f'[{{base_url="http://b/v1/"}},{{base_url="https://c",api_key="{SECRET}",model="m"}}]',
+        (Fallback("http://b/v1"), Fallback("https://c", SECRET, "m")),
+    ),
+    ("SLUICE_FALLBACKS", "", "[]", ()),
+    ("SLUICE_HEDGE_AFTER", "off", '"off"', None),
+    ("SLUICE_HEDGE_AFTER", "1.5", "1.5", 1.5),
     ("SLUICE_HOST", "::", '"::"', "::"),
     ("SLUICE_HOST", "fe80::1%eth0", '"fe80::1%eth0"', "fe80::1%eth0"),
     ("SLUICE_PORT", "0", "0", 0),
@@ -237,6 +247,20 @@ BAD: Final = {
     ],
     "LLM_API_KEY": [f"{SECRET} x", f"{SECRET}\r\nX-Evil: 1", f"{SECRET}é", f"\0{SECRET}", f"{SECRET}\udcff"],
     "LLM_MODEL": ["", " ", "a\nb", "x" * 201, "\udcff"],
+    "SLUICE_FALLBACKS": [
+        "http://b/v1",
+        "{}",
+        '[""]',
+        "[{}]",
+        '[{"base_url":""}]',
+        '[{"base_url":"ftp://b/v1"}]',
+        '[{"base_url":"http://b/v1","key":"x"}]',
+        f'[{{"base_url":"http://b/v1","api_key":"{SECRET} x"}}]',
+        '[{"base_url":"http://b/v1","model":""}]',
+        '[{"base_url":"http://b/v1","model":null}]',
+        "[" * 100_000,
+    ],
+    "SLUICE_HEDGE_AFTER": ["", "0", "on", "3601"],
     "SLUICE_HOST": ["", "a b", "http://host", "host/", "[::1]", "x" * 254],
     "SLUICE_PORT": ["", "-1", "65536", "4001.0", "0x1", "4 001", "\uff14\uff10", "4e3", "9" * 5000, "true", "None"],
     "SLUICE_SOCKET": ["/" + "x" * 107, "/a\0b", "/" + "é" * 54],
@@ -293,7 +317,7 @@ def test_a_mistake_is_one_line_that_names_variable_value_and_what_it_takes(varia
     (line,) = mistakes_of({variable: text})
     assert line.startswith(f"{variable}: got ")
     assert takes in line
-    if variable == "LLM_API_KEY":
+    if variable in SECRETS:
         assert SECRET not in line
     elif "@" not in text:
         assert repr(text)[:80] in line
@@ -583,8 +607,8 @@ def test_a_secret_stands_in_no_repr_and_no_description() -> None:
     assert SECRET not in "".join(describe(settings))
 
 
-def test_only_the_key_is_a_secret() -> None:
-    assert [option.variable for option in options() if option.secret] == ["LLM_API_KEY"]
+def test_only_keys_are_secrets() -> None:
+    assert [option.variable for option in options() if option.secret] == SECRETS
 
 
 @pytest.mark.parametrize("variable", ["SLUICE_PORT_FILE", "SLUICE_SYSTEM_PROMPT_FILE"])
@@ -612,7 +636,7 @@ def test_a_description_is_one_line_a_setting_and_reads_back(variable: str, text:
     lines = describe(settings)
     assert all(line.isprintable() for line in lines)
     told = dict(line.split("=", 1) for line in lines)
-    if variable != "LLM_API_KEY" and "\n" not in text:
+    if SECRET not in text and "\n" not in text:
         assert read_settings(told) == settings
 
 

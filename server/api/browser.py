@@ -13,11 +13,10 @@ from aiohttp import web
 from server.api.body import drop_body, read_json_body
 from server.api.event_stream import show, show_events
 from server.api.keys import CLIENT, DESK, SETTINGS
-from server.api.middleware.rate_limit import show_allowance, spend
+from server.api.middleware.rate_limit import show_allowance
+from server.api.opening import open_answer, to_request
 from server.errors import Interrupted, InvalidRequest, StreamNotFound
-from server.relay.desk import Stream
-from server.settings import Settings
-from server.wire.chat import ChatRequest, decode_posted_chat
+from server.wire.chat import decode_posted_chat
 from server.wire.events import EventEncoder, EventId, read_event_id
 
 __all__ = ["ask", "create_stream", "read_last_event_id", "read_question", "stop_stream", "view_stream"]
@@ -32,7 +31,8 @@ async def ask(request: web.Request) -> web.StreamResponse:
         return await _go_on(request, seen)
     question = read_question(request.rel_url.raw_query_string, settings.max_query_chars)  # 400
     await drop_body(request)  # 408, 413
-    return await show(request, request.app[DESK], _open(request, _to_request((("user", question),), settings)))
+    asked = to_request((("user", question),), settings)
+    return await show(request, request.app[DESK], open_answer(request, asked, asked.max_tokens))
 
 
 async def create_stream(request: web.Request) -> web.StreamResponse:
@@ -40,10 +40,12 @@ async def create_stream(request: web.Request) -> web.StreamResponse:
     settings = request.app[SETTINGS]
     body = await read_json_body(request)  # 408, 413, 415
     chat = decode_posted_chat(body, max_chars=settings.max_message_chars)  # 400
-    if chat.model not in (None, settings.llm_model):
-        raise InvalidRequest("invalid_request", f"The field model names none that is offered: {settings.llm_model}.")
+    if chat.model not in (None, *settings.models):
+        offered = ", ".join(settings.models)
+        raise InvalidRequest("invalid_request", f"The field model names none that is offered: {offered}.")
     messages = tuple((message.role, message.content) for message in chat.messages)
-    stream = _open(request, _to_request(messages, settings, chat.max_tokens, chat.temperature))
+    asked = to_request(messages, settings, chat.max_tokens, chat.temperature, chat.model)
+    stream = open_answer(request, asked, asked.max_tokens)
     url = f"/api/streams/{stream.id}"
     return web.json_response({"id": stream.id, "url": url}, status=201, headers={"Location": url})
 
@@ -71,15 +73,6 @@ async def stop_stream(request: web.Request) -> web.StreamResponse:
     return web.Response(status=204)
 
 
-def _open(request: web.Request, chat: ChatRequest) -> Stream:
-    """Admit the request and start its answer. Nothing in here waits: who was admitted has the place."""
-    desk = request.app[DESK]
-    client = request[CLIENT]
-    desk.admit(client)  # 429 too_many_streams, 503
-    reservation = spend(request, chat.max_tokens)  # 429 rate_limit_exceeded, token_limit_exceeded
-    return desk.open(client, chat, reservation)
-
-
 async def _go_on(request: web.Request, seen: EventId) -> web.StreamResponse:
     """The rest of an answer. Whatever has become of it, none is generated anew and nothing is spent."""
     desk = request.app[DESK]
@@ -87,7 +80,7 @@ async def _go_on(request: web.Request, seen: EventId) -> web.StreamResponse:
     stream = desk.find(seen.stream_id)
     if stream is None:
         # In-band, for a script cannot read the status of an EventSource.
-        lost = EventEncoder(seen.stream_id).error(seen.number + 1, Interrupted())
+        lost = b"".join(EventEncoder(seen.stream_id).failed(seen.number + 1, Interrupted()))
         return await show_events(request, lost)
     if seen.number >= stream.log.next_number - 1 and stream.log.ended:
         return web.Response(status=204)  # which tells an EventSource not to come back
@@ -150,18 +143,3 @@ def _percent_decode(text: str) -> bytes:
         return unquote_to_bytes(text.replace("+", " "))
     except UnicodeEncodeError:  # half a surrogate pair, as the parser shows a raw byte that is no UTF-8
         return b"\xff"
-
-
-def _to_request(
-    messages: tuple[tuple[str, str], ...],
-    settings: Settings,
-    max_tokens: int | None = None,
-    temperature: float | None = None,
-) -> ChatRequest:
-    """What is asked of the upstream: the server's own instructions first, and never more tokens than it allows."""
-    system = (("system", settings.system_prompt),) if settings.system_prompt else ()
-    return ChatRequest(
-        messages=(*system, *messages),
-        max_tokens=min(max_tokens or settings.max_tokens, settings.max_tokens),
-        temperature=settings.temperature if temperature is None else temperature,
-    )

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol
 
 from server.errors import (
@@ -22,11 +22,10 @@ from server.errors import (
 from server.relay.admission import Reservation
 from server.relay.life import Life, Outcome
 from server.relay.log import LogFull, ReplayLog
-from server.wire.chat import ChatRequest
-from server.wire.chunks import Chunk, ChunkSink, Delta, DeltaKind, Usage
-from server.wire.events import EventEncoder
+from server.wire.chunks import Answerer, Chunk, ChunkSink, Delta, DeltaKind, Usage
+from server.wire.events import Summary
 
-__all__ = ["Answer", "AnswerLimits", "Source"]
+__all__ = ["Answer", "AnswerEncoder", "AnswerLimits", "AnswerRequest", "Source"]
 
 _RESERVED_MORE: Final = 64  # LLM tokens at a time, for an answer that outgrows what was reserved for it
 
@@ -35,14 +34,29 @@ _NO_USAGE: Final = Usage(None, None)
 _log = logging.getLogger("sluice.stream")
 
 
+class AnswerRequest(Protocol):
+    """What is asked, by one of the faces: server/wire/chat.py."""
+
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def streamed(self) -> bool: ...
+    @property
+    def verbatim(self) -> bool: ...
+    @property
+    def prompt(self) -> str:
+        """The question, for a log that is to have it."""
+
+    def encode(self, model: str, /) -> bytes: ...
+
+
 class Source(Protocol):
     """Where an answer comes from: server/upstream/route.py."""
 
-    @property
-    def model(self) -> str:
-        """The model that is asked."""
+    def model_for(self, request: AnswerRequest, /) -> str:
+        """The model that is asked first."""
 
-    async def relay(self, request: ChatRequest, sink: ChunkSink, /) -> None:
+    async def relay(self, request: AnswerRequest, sink: ChunkSink, /) -> None:
         """Hand the chunks to ``sink``, the last ones as its end. Raises UpstreamFailed."""
 
 
@@ -55,6 +69,29 @@ class AnswerLimits(Protocol):
     def max_answer_bytes(self) -> int: ...
     @property
     def log_prompts(self) -> bool: ...
+
+
+class AnswerEncoder(Protocol):
+    """An answer as bytes, in the language of the face that it was asked by: server/wire/events.py and its like.
+
+    Each method returns whole events for the log; ``number`` is the place of the first one in it.
+    """
+
+    def start(self, number: int, model: str, /) -> Sequence[bytes]:
+        """The answer begins; ``model`` is asked first."""
+
+    def begin(self, answerer: Answerer, /) -> None:
+        """Who really answers."""
+
+    def tokens(self, number: int, texts: Sequence[bytes], wire: bytes, /) -> Sequence[bytes]:
+        """As ``ChunkSink.take_texts``. The hot path."""
+
+    def chunk(self, number: int, chunk: Chunk, /) -> Sequence[bytes]: ...
+    def complete(self, number: int, summary: Summary, /) -> Sequence[bytes]: ...
+    def stopped(self, number: int, summary: Summary, /) -> Sequence[bytes]: ...
+    def failed(self, number: int, error: RelayError, /) -> Sequence[bytes]: ...
+    def ping(self, retry_ms: int | None = None, /) -> bytes:
+        """A heartbeat; ``retry_ms`` is how long a client that comes back by itself waits before."""
 
 
 class Answer:
@@ -70,7 +107,6 @@ class Answer:
         "_budget",
         "_clock",
         "_deltas",
-        "_encoder",
         "_finish_reason",
         "_limits",
         "_reservation",
@@ -79,6 +115,7 @@ class Answer:
         "_timer",
         "_usage",
         "duration",
+        "encoder",
         "error",
         "id",
         "life",
@@ -94,21 +131,23 @@ class Answer:
     def __init__(
         self,
         stream_id: str,
-        request: ChatRequest,
+        request: AnswerRequest,
         source: Source,
         limits: AnswerLimits,
         life: Life,
+        log: ReplayLog,
+        encoder: AnswerEncoder,
         *,
         reservation: Reservation | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.id = stream_id
         self.request = request
-        self.log = ReplayLog(max_bytes=limits.max_answer_bytes)
+        self.log = log
         self.life = life
         self.error: RelayError | None = None
         self.tokens = 0  # token events
-        self.model = source.model
+        self.model = source.model_for(request)
         self.ttft: float | None = None  # s, from the start of the answer to its first delta with content
         self.duration: float | None = None  # s
         self.said: list[str] | None = [] if limits.log_prompts else None  # kept only for the log
@@ -119,13 +158,13 @@ class Answer:
         self.on_end: Callable[[], object] = _nothing
         self._clock = clock
         self._began_at = clock()
-        self._encoder = EventEncoder(stream_id)
+        self.encoder = encoder
         self._deltas = 0  # of content, reasoning and tool calls
         self._finish_reason: str | None = None
         self._usage = _NO_USAGE
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None  # for the whole answer's time
-        self.log.extend([self._encoder.start(0, self.model)])
+        self.log.extend(self.encoder.start(0, self.model))
 
     @property
     def generated(self) -> int:
@@ -147,7 +186,7 @@ class Answer:
             return
         # Said here and not where the cancelled task wakes: a task that has not begun yet would never wake at all.
         if outcome is Outcome.STOPPED:
-            self._complete(outcome, finish_reason="cancelled")
+            self._end(outcome, self.encoder.stopped(self.log.next_number, self._summary()))
         else:
             self._fail(Interrupted(), outcome)
         self._cancel()
@@ -177,21 +216,26 @@ class Answer:
 
     # ---- What comes from the source: the answer is the ChunkSink
 
-    def take_texts(self, texts: Sequence[bytes]) -> None:
+    def begin(self, answerer: Answerer) -> None:
+        """Know who answers, before anything of the answer."""
+        self.model = answerer.model
+        self.encoder.begin(answerer)
+
+    def take_texts(self, texts: Sequence[bytes], wire: bytes) -> None:
         """Append a batch of tokens and tell the viewers once. The hot path."""
         if not self.life.running:
             return
         count = len(texts)
         if self._deltas + count <= self._budget and self.said is None:
             try:
-                self.log.extend(self._encoder.tokens(self.log.next_number, texts))
+                self.log.extend(self.encoder.tokens(self.log.next_number, texts, wire))
             except LogFull:
                 pass  # those that still fit are appended below, one by one
             else:
                 self._deltas += count
                 self.tokens += count
                 return
-        self.take([Chunk((Delta(DeltaKind.CONTENT, text.decode()),)) for text in texts])
+        self.take(list(_to_chunks(texts, wire)))
 
     def take(self, chunks: Sequence[Chunk]) -> None:
         """Append a batch's events and tell the viewers once."""
@@ -211,19 +255,12 @@ class Answer:
         log = self.log
         try:
             for chunk in chunks:
-                for kind, text in chunk.deltas:
-                    if self._deltas >= self._budget:
-                        self._extend_budget()
-                    self._deltas += 1
-                    if kind is DeltaKind.CONTENT:
-                        log.append(self._encoder.token(log.next_number, text))
-                        self.tokens += 1
-                        if self.said is not None:
-                            self.said.append(text)
-                    elif kind is DeltaKind.REASONING:
-                        log.append(self._encoder.reasoning(log.next_number, text))
-                    if self.ttft is None:
-                        self.ttft = self._clock() - self._began_at
+                while self._deltas + len(chunk.deltas) > self._budget:
+                    self._extend_budget()
+                for event in self.encoder.chunk(log.next_number, chunk):
+                    log.append(event)
+                if chunk.deltas:
+                    self._note(chunk.deltas)
                 if chunk.finish_reason is not None:
                     self._finish_reason = chunk.finish_reason
                 if chunk.usage is not None:
@@ -232,6 +269,16 @@ class Answer:
                     self.model = chunk.model
         except LogFull:
             raise AnswerTooLarge from None
+
+    def _note(self, deltas: Sequence[Delta]) -> None:
+        self._deltas += len(deltas)
+        if self.ttft is None:
+            self.ttft = self._clock() - self._began_at
+        for kind, text in deltas:
+            if kind is DeltaKind.CONTENT:
+                self.tokens += 1
+                if self.said is not None:
+                    self.said.append(text)
 
     def _extend_budget(self) -> None:
         """Some endpoints say more than they were asked for, or one token in several deltas: no reason to cut the answer
@@ -242,24 +289,24 @@ class Answer:
 
     # ---- The ways it ends
 
-    def _complete(self, outcome: Outcome = Outcome.COMPLETED, finish_reason: str | None = None) -> None:
-        if not self.life.running:
-            return
-        usage = self._encoder.usage(
-            self.log.next_number,
-            finish_reason=finish_reason or self._finish_reason,
+    def _complete(self) -> None:
+        if self.life.running:
+            self._end(Outcome.COMPLETED, self.encoder.complete(self.log.next_number, self._summary()))
+
+    def _fail(self, error: RelayError, outcome: Outcome | None = None) -> None:
+        if self.life.running:
+            self.error = error
+            self._end(outcome or _outcome_of(error), self.encoder.failed(self.log.next_number, error))
+
+    def _summary(self) -> Summary:
+        return Summary(
+            finish_reason=self._finish_reason,
             usage=self._usage,
             tokens=self.tokens,
             model=self.model,
             ttft_ms=None if self.ttft is None else round(self.ttft * 1000),
             duration_ms=round((self._clock() - self._began_at) * 1000),
         )
-        self._end(outcome, usage, self._encoder.done(self.log.next_number + 1))
-
-    def _fail(self, error: RelayError, outcome: Outcome | None = None) -> None:
-        if self.life.running:
-            self.error = error
-            self._end(outcome or _outcome_of(error), self._encoder.error(self.log.next_number, error))
 
     def _run_out_of_time(self) -> None:
         if self._finish_reason is not None:  # all was said, but for the [DONE] that never came
@@ -268,7 +315,7 @@ class Answer:
             self._fail(StreamTimeout())
         self._cancel()
 
-    def _end(self, outcome: Outcome, *last: bytes) -> None:
+    def _end(self, outcome: Outcome, last: Sequence[bytes]) -> None:
         self.life.end(outcome)
         if self._timer is not None:
             self._timer.cancel()
@@ -279,6 +326,16 @@ class Answer:
             self._reservation.settle(self.generated)
         self.log.end(last)
         self.on_end()
+
+
+def _to_chunks(texts: Sequence[bytes], wire: bytes) -> Iterator[Chunk]:
+    """The events of a batch one by one: all have the same bytes round their text."""
+    frame = (len(wire) - sum(map(len, texts))) // len(texts)
+    start = 0
+    for text in texts:
+        end = start + frame + len(text)
+        yield Chunk((Delta(DeltaKind.CONTENT, text.decode()),), wire=wire[start:end])
+        start = end
 
 
 def _nothing() -> None:

@@ -17,11 +17,11 @@ from typing import Final, Protocol
 from server.errors import Overloaded, ShuttingDown, StreamNotFound, TooManyStreams
 from server.logs import log_event
 from server.relay.admission import Reservation
-from server.relay.answer import Answer, AnswerLimits, Source
+from server.relay.answer import Answer, AnswerEncoder, AnswerLimits, AnswerRequest, Source
 from server.relay.life import Life, Outcome, State
-from server.relay.log import EventLog
-from server.relay.viewer import Connection, Viewer
-from server.wire.chat import ChatRequest
+from server.relay.log import EventLog, PassingLog, ReplayLog
+from server.relay.viewer import Connection, Heartbeats, Viewer
+from server.wire.events import EventEncoder
 
 __all__ = ["Desk", "DeskLimits", "Stream", "Viewing"]
 
@@ -58,14 +58,16 @@ class DeskLimits(AnswerLimits, Protocol):
 class Stream:
     """An answer as the desk keeps it, from its opening until it is forgotten."""
 
-    __slots__ = ("answer", "client", "holds_place", "id", "life", "log", "timer")
+    __slots__ = ("__weakref__", "answer", "client", "delivered", "holds_place", "id", "life", "log", "ping", "timer")
 
     def __init__(self, client: str, answer: Answer) -> None:
         self.id = answer.id
         self.client = client  # whom it was opened for
         self.life = answer.life
         self.log: EventLog = answer.log
+        self.ping: Heartbeats = answer.encoder.ping
         self.answer: Answer | None = answer  # gone once its task is over: what is kept is the log
+        self.delivered = False  # somebody has been sent the whole of it
         self.holds_place = True
         self.timer: asyncio.TimerHandle | None = None  # for what is due next
 
@@ -118,17 +120,34 @@ class Desk:
         if self.streams >= self._limits.max_streams:
             raise Overloaded(retry_after=_RETRY_SOON)
 
-    def open(self, client: str, request: ChatRequest, reservation: Reservation | None = None) -> Stream:
+    def open(
+        self,
+        client: str,
+        request: AnswerRequest,
+        reservation: Reservation | None = None,
+        *,
+        encoder: Callable[[str], AnswerEncoder] = EventEncoder,
+        kept: bool = True,
+    ) -> Stream:
         """Start an answer for ``client``, who was admitted. It stops if nobody comes to view it within the grace.
 
-        ``reservation`` is what it may spend of the client's LLM tokens.
+        ``reservation`` is what it may spend of the client's LLM tokens; ``encoder`` makes, of the stream's id, what
+        writes it down. One that is not ``kept`` is for one viewer, who cannot come back.
         """
+        stream_id = next(self._ids)
+        limits = self._limits
         answer = Answer(
-            next(self._ids),
+            stream_id,
             request,
             self._source,
-            self._limits,
-            Life(grace=self._limits.resume_grace, window=self._limits.resume_window, clock=self._clock),
+            limits,
+            Life(
+                grace=limits.resume_grace if kept else 0.0,
+                window=limits.resume_window if kept else 0.0,
+                clock=self._clock,
+            ),
+            (ReplayLog if kept else PassingLog)(max_bytes=limits.max_answer_bytes),
+            encoder(stream_id),
             reservation=reservation,
             clock=self._clock,
         )
@@ -162,6 +181,7 @@ class Desk:
         viewer = Viewer(
             stream.log,
             connection,
+            stream.ping,
             heartbeat=self._limits.heartbeat,
             write_timeout=self._limits.write_timeout,
             offset=0 if after is None else stream.log.end_of(after),
@@ -180,6 +200,7 @@ class Desk:
         if viewer.stalled:
             log_event(_log, logging.INFO, "viewer_stalled", id=stream.id, client=stream.client)
         del self._viewers[viewer]
+        stream.delivered = stream.delivered or viewer.finished
         stream.life.leave(may_return=may_return and not viewer.finished)
         self._attend(stream)
         self._look_if_empty()
@@ -344,7 +365,7 @@ def _report(stream: Stream, answer: Answer) -> None:
         tokens=answer.tokens,
         ttft_ms=_milliseconds(answer.ttft),
         duration_ms=_milliseconds(answer.duration),
-        prompt=None if answer.said is None else answer.request.messages[-1][1],
+        prompt=None if answer.said is None else answer.request.prompt,
         answer=None if answer.said is None else "".join(answer.said),
     )
 

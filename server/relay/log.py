@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate, islice
 from typing import Protocol
 
-__all__ = ["EventLog", "Listener", "LogFull", "ReplayLog"]
+__all__ = ["EventLog", "Listener", "LogFull", "PassingLog", "ReplayLog"]
 
-Listener = Callable[[bytes, int], None]  # what is new, and the log's size with it
+# Called with what is new, and the log's size with it; returns whether it has taken that.
+Listener = Callable[[bytes, int], bool | None]
 
 
 class EventLog(Protocol):
@@ -35,7 +36,8 @@ class EventLog(Protocol):
 
     def subscribe(self, listener: Listener) -> None:
         """Call ``listener`` whenever there is more, or the end, with the bytes that are new (some of which it may have
-        read already). It must not (un)subscribe anyone, nor wait, nor raise."""
+        read already); it says whether it has now read all that there is. It must not (un)subscribe anyone, nor wait,
+        nor raise."""
 
     def unsubscribe(self, listener: Listener) -> None: ...
 
@@ -132,3 +134,60 @@ class ReplayLog:
 
     def unsubscribe(self, listener: Listener) -> None:
         self._listeners.discard(listener)
+
+
+class PassingLog(ReplayLog):
+    """A log for one reader, who cannot come back: what has been read is not kept, and ``max_bytes`` bounds what has
+    not. Its events have no numbers."""
+
+    __slots__ = ("_gone",)
+
+    def __init__(self, *, max_bytes: int) -> None:
+        super().__init__(max_bytes=max_bytes)
+        self._gone = 0  # bytes that are no longer kept
+
+    @property
+    def next_number(self) -> int:
+        return 0
+
+    @property
+    def size(self) -> int:
+        return self._gone + len(self._bytes)
+
+    def end_of(self, number: int) -> int:
+        raise IndexError(number)
+
+    def append(self, event: bytes) -> None:
+        if len(self._bytes) + len(event) > self._max_bytes:
+            raise LogFull
+        self._bytes += event
+
+    def extend(self, events: Sequence[bytes]) -> None:
+        batch = b"".join(events)
+        if batch:
+            self.append(batch)
+            self.publish()
+
+    def publish(self) -> None:
+        if self._told < self.size or self.ended:
+            self._tell(bytes(self._bytes[self._told - self._gone :]))
+
+    def _tell(self, batch: bytes) -> None:
+        self._told = size = self.size
+        for listener in self._listeners:
+            if listener(batch, size):
+                self._forget(size)
+
+    def end(self, last: Sequence[bytes] = ()) -> None:
+        self._bytes += b"".join(last)
+        self.ended = True
+        self.publish()
+
+    def read(self, offset: int, limit: int) -> bytes:
+        self._forget(offset)
+        return bytes(self._bytes[:limit])
+
+    def _forget(self, offset: int) -> None:
+        """The reader has taken all that stands before ``offset``."""
+        del self._bytes[: offset - self._gone]
+        self._gone = max(self._gone, offset)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from server.relay.log import EventLog
-from server.wire.events import PING, ping
 
-__all__ = ["Connection", "Viewer"]
+__all__ = ["Connection", "Heartbeats", "Viewer"]
+
+Heartbeats = Callable[[int | None], bytes]  # the next one; in ms, how long the client waits before it comes back
 
 # At most this much is handed to a connection at once, so that a reader that takes nothing holds little of our memory.
 # It is aiohttp's own high-water mark: beyond it a write waits.
@@ -40,7 +42,7 @@ class Connection(Protocol):
 
 
 class Viewer:
-    """Reads ``log`` from ``offset`` on and writes it to ``connection``.
+    """Reads ``log`` from ``offset`` on and writes it to ``connection``, with ``ping`` for heartbeats.
 
     A viewer that is level with the log is written to in the moment in which a batch comes, with no switch to its task;
     one that lags reads the log at its own pace. ``heartbeat`` (s): a ping goes out after so long without an event.
@@ -55,6 +57,7 @@ class Viewer:
         "_log",
         "_loop",
         "_offset",
+        "_ping",
         "_retry_ms",
         "_sent_at",
         "_sent_bytes",
@@ -69,11 +72,19 @@ class Viewer:
     )
 
     def __init__(
-        self, log: EventLog, connection: Connection, *, heartbeat: float, write_timeout: float, offset: int = 0
+        self,
+        log: EventLog,
+        connection: Connection,
+        ping: Heartbeats,
+        *,
+        heartbeat: float,
+        write_timeout: float,
+        offset: int = 0,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._log = log
         self._connection = connection
+        self._ping = ping
         self._heartbeat = heartbeat
         self._write_timeout = write_timeout
         self._check_every = min(heartbeat, write_timeout / _CHECKS_PER_WRITE_TIMEOUT)
@@ -125,9 +136,9 @@ class Viewer:
                 await self._write(data)
             elif self._retry_ms is not None:
                 retry_ms, self._retry_ms = self._retry_ms, None
-                await self._write(ping(retry_ms))
+                await self._write(self._ping(retry_ms))
             elif self._loop.time() >= self._sent_at + self._heartbeat:  # as the timer reckons, to the last bit
-                await self._write(PING)
+                await self._write(self._ping(None))
             else:
                 self._turn = self._loop.create_future()
                 self._waits = True
@@ -137,16 +148,17 @@ class Viewer:
                     self._waits = False
                     self._turn = None
 
-    def _take(self, batch: bytes, size: int) -> None:
+    def _take(self, batch: bytes, size: int) -> bool:
         """The log has more. The hot path."""
         if not self._waits:
-            return  # its task is at work, and finds it in the log
+            return False  # its task is at work, and finds it in the log
         if self._offset + len(batch) == size and not self._log.ended and self._connection.write_now(batch):
             self._offset = size
             self._sent_bytes += len(batch)
             self._sent_at = self._loop.time()
-        else:
-            self._wake()
+            return True
+        self._wake()
+        return False
 
     def _wake(self) -> None:
         self._waits = False

@@ -9,7 +9,6 @@ import aiohttp
 
 from server.upstream.attempt import failed_body
 from server.upstream.reader import AnswerReader
-from server.wire.chunks import ChunkSink
 
 __all__ = ["BREAKS", "finish_body", "read_body"]
 
@@ -21,10 +20,10 @@ _AFTER_DONE_TIMEOUT: Final = 0.1  # s for the body's end to follow [DONE]; with 
 _MAX_AFTER_DONE: Final = 64 << 10  # bytes that may follow [DONE], likewise
 
 
-async def read_body(response: aiohttp.ClientResponse, sink: ChunkSink) -> None:
-    """Read the answer to its end. Raises AttemptFailed where it is not complete, and what the sink raises."""
+async def read_body(response: aiohttp.ClientResponse, reader: AnswerReader) -> None:
+    """Read the answer to its end. Raises AttemptFailed where it is not complete, and what its sink raises."""
     _end_body_with_connection(response)
-    content, reader = response.content, AnswerReader(sink)
+    content = response.content
     ended = False
     while not (ended or reader.over):
         try:
@@ -35,7 +34,7 @@ async def read_body(response: aiohttp.ClientResponse, sink: ChunkSink) -> None:
         else:
             ended = not data
             await _feed(reader, data)
-    await finish_body(content, reader, sink)
+    await finish_body(content, reader)
 
 
 async def _feed_arrived(content: aiohttp.StreamReader, reader: AnswerReader) -> None:
@@ -49,13 +48,13 @@ async def _feed_arrived(content: aiohttp.StreamReader, reader: AnswerReader) -> 
         await _feed(reader, data)
 
 
-async def finish_body(content: aiohttp.StreamReader, reader: AnswerReader, sink: ChunkSink) -> None:
+async def finish_body(content: aiohttp.StreamReader, reader: AnswerReader) -> None:
     """Say how the answer ended, once its body has or ``[DONE]`` has come. Raises AttemptFailed if it is incomplete."""
     if reader.over:
         if not content.is_eof():
             await _read_past_done(content)
     elif reader.finished:
-        sink.end(())
+        reader.end()
     else:
         broken = content.exception()
         raise failed_body(broken) from broken

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 from collections.abc import Awaitable
-from dataclasses import dataclass, field
 from types import SimpleNamespace, TracebackType
 from typing import Any, Final, Protocol
 
@@ -14,30 +12,43 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from server.errors import UpstreamInvalid
-from server.upstream.attempt import AttemptFailed, failed_connection, failed_in_stream, failed_status
+from server.upstream.attempt import AttemptFailed, failed_body, failed_connection, failed_in_stream, failed_status
 from server.upstream.body import BREAKS, read_body
 from server.upstream.direct import DirectRequest, Question, connect_directly, read_body_directly
+from server.upstream.endpoint import Endpoint
+from server.upstream.reader import AnswerReader
 from server.upstream.resolver import DaemonResolver
-from server.wire.chunks import ChunkSink, MalformedChunk, decode_json
+from server.upstream.said import (
+    hear,
+    is_json,
+    media_type_of,
+    overhear,
+    read_json,
+    read_request_id,
+    said_in_stream,
+)
+from server.wire.chunks import Answerer, Chunk, ChunkSink, MalformedChunk, decode_completion
 
-__all__ = ["Endpoint", "UpstreamClient"]
+__all__ = ["UpstreamClient", "UpstreamRequest"]
 
-_MAX_ERROR_BODY: Final = 64 << 10  # bytes of a JSON body that are read to see whether it is an error object
-_ERROR_BODY_TIMEOUT: Final = 2.0  # s, for the same
+_MAX_COMPLETION: Final = 8 << 20  # bytes of one that is not streamed; what an answer may hold is for the asker to say
+_MAY_BE_TOO_LONG: Final = frozenset({400, 413, 422})  # statuses of a conversation over the model's context
 _SENT_AT_ONCE: Final = 512 << 10  # bytes of a request's body
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where a question can be sent."""
-
-    base_url: str
-    model: str
-    api_key: str = field(default="", repr=False)
+class UpstreamRequest(Protocol):
+    """What is asked: server/wire/chat.py."""
 
     @property
-    def url(self) -> URL:
-        return URL(self.base_url.rstrip("/") + "/chat/completions")
+    def streamed(self) -> bool:
+        """Whether the answer is to come as an event stream, and not as one JSON value."""
+
+    @property
+    def verbatim(self) -> bool:
+        """Whether the asker passes the answer on as it comes: its chunks then carry their bytes."""
+
+    def encode(self, model: str, /) -> bytes:
+        """The request's body, for an endpoint that has ``model``."""
 
 
 class UpstreamClient:
@@ -50,7 +61,7 @@ class UpstreamClient:
     def __init__(self, *, connect_timeout: float, direct: bool = False) -> None:
         self._connect_timeout = connect_timeout
         self._direct = direct
-        self._heads: dict[Endpoint, tuple[URL, bytes]] = {}  # of direct requests, made once
+        self._heads: dict[tuple[Endpoint, bool], tuple[URL, bytes]] = {}  # of direct requests, made once
 
     async def __aenter__(self) -> UpstreamClient:
         # No bound of its own: admission bounds the streams, and a queue here would be a silent wait.
@@ -76,42 +87,52 @@ class UpstreamClient:
     ) -> None:
         await self._session.close()
 
-    async def ask(self, endpoint: Endpoint, body: bytes, sink: ChunkSink) -> None:
-        """Send one request and hand each batch of chunks to ``sink`` as it comes.
+    async def ask(self, endpoint: Endpoint, asked: UpstreamRequest, sink: ChunkSink) -> None:
+        """Send one request and hand each batch of chunks to ``sink`` as it comes; a completion that is not streamed is
+        a single chunk, and the end.
 
         Returns when the answer is complete: at ``[DONE]``, or where the endpoint closes after a finish_reason.
         Raises AttemptFailed for everything else. However it ends, the response is closed.
         """
-        request, sent = self._post_directly(endpoint, body) if self._direct else self._post(endpoint, body)
+        request, sent = (self._post_directly if self._direct else self._post)(endpoint, asked)
         try:
             response = await request
-            # What is not needed while the body flows: an open stream would hold a kilobyte and more of it.
-            del request, body
+            del request  # not needed while the body flows: an open stream would hold a kilobyte and more of it
             async with response:
-                await _check_head(response)
-                await (read_body_directly if self._direct else read_body)(response, sink)
-        except AttemptFailed:
+                await _check_head(response, endpoint, verbatim=asked.verbatim)
+                sink.begin(Answerer(endpoint.model, read_request_id(response.headers)))
+                if asked.streamed:
+                    await _check_stream(response)
+                    reader = AnswerReader(sink, verbatim=asked.verbatim)
+                    await (read_body_directly if self._direct else read_body)(response, reader)
+                else:
+                    sink.end([await _read_completion(response)])
+        except AttemptFailed as failed:
+            if failed.error_object is not None:
+                failed.error.said = said_in_stream(failed.error_object, response, endpoint)
             raise
         except (aiohttp.ClientError, OSError) as exc:
             raise failed_connection(exc, reused=sent.reused) from exc
 
-    def _post(self, endpoint: Endpoint, body: bytes) -> tuple[_Request, _Sent]:
+    def _post(self, endpoint: Endpoint, asked: UpstreamRequest) -> tuple[_Request, _Sent]:
+        body = asked.encode(endpoint.model)
         sent = SimpleNamespace(reused=False)
         request = self._session.post(
             endpoint.url,
             # aiohttp would hand more than that over to the socket in one go, and warns of it.
             data=body if len(body) <= _SENT_AT_ONCE else io.BytesIO(body),
-            headers=_headers_to(endpoint),
+            headers=_headers_to(endpoint, streamed=asked.streamed),
             allow_redirects=False,  # a 307 would send the prompt elsewhere
             trace_request_ctx=sent,
         )
         return request, sent
 
-    def _post_directly(self, endpoint: Endpoint, body: bytes) -> tuple[_Request, _Sent]:
-        if endpoint not in self._heads:
-            self._heads[endpoint] = endpoint.url, _head_to(endpoint)
-        url, head = self._heads[endpoint]
-        question = Question(head, body)
+    def _post_directly(self, endpoint: Endpoint, asked: UpstreamRequest) -> tuple[_Request, _Sent]:
+        kind = (endpoint, asked.streamed)
+        if kind not in self._heads:
+            self._heads[kind] = endpoint.url, _head_to(endpoint, streamed=asked.streamed)
+        url, head = self._heads[kind]
+        question = Question(head, asked.encode(endpoint.model))
         return self._session.post(url, data=question, allow_redirects=False), question
 
 
@@ -124,11 +145,11 @@ class _Sent(Protocol):
 _Request = Awaitable[aiohttp.ClientResponse]
 
 
-def _headers_to(endpoint: Endpoint) -> CIMultiDict[str]:
+def _headers_to(endpoint: Endpoint, *, streamed: bool) -> CIMultiDict[str]:
     headers: CIMultiDict[str] = CIMultiDict(
         {
             "Content-Type": "application/json",
-            "Accept": "text/event-stream",
+            "Accept": "text/event-stream" if streamed else "application/json",
             "Accept-Encoding": "identity",  # a compressor holds tokens back
             "User-Agent": "sluice",
         }
@@ -138,11 +159,11 @@ def _headers_to(endpoint: Endpoint) -> CIMultiDict[str]:
     return headers
 
 
-def _head_to(endpoint: Endpoint) -> bytes:
+def _head_to(endpoint: Endpoint, *, streamed: bool) -> bytes:
     """The request's head up to the number of bytes that its body has."""
     url = endpoint.url
     lines = [f"POST {url.raw_path_qs} HTTP/1.1", f"Host: {url.host_port_subcomponent}"]
-    lines += [f"{name}: {value}" for name, value in _headers_to(endpoint).items()]
+    lines += [f"{name}: {value}" for name, value in _headers_to(endpoint, streamed=streamed).items()]
     return "\r\n".join([*lines, "Content-Length: "]).encode("ascii")
 
 
@@ -150,31 +171,51 @@ async def _note_reuse(session: aiohttp.ClientSession, context: Any, params: Any)
     context.trace_request_ctx.reused = True
 
 
-async def _check_head(response: aiohttp.ClientResponse) -> None:
-    """Return if an event stream follows; else raise AttemptFailed for what the status or the headers say."""
-    status = response.status
-    if status != 200:
-        raise failed_status(status, response.headers.get("Retry-After"))
-    # Not aiohttp's content_type: that asks Python's e-mail parser, which takes seconds over some headers.
-    content_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-    if content_type == "application/json" or content_type.endswith("+json"):
-        raise await _failed_json(response)
-    if content_type != "text/event-stream":
-        raise AttemptFailed(UpstreamInvalid(), "not an event stream")
+async def _check_head(response: aiohttp.ClientResponse, endpoint: Endpoint, *, verbatim: bool) -> None:
+    """Return if it is a 200 that can be read; raise AttemptFailed for what any other status says."""
+    if response.status != 200:
+        # Nobody else waits for the body: the status has said all, but where another endpoint may take what is too long
+        # for this one.
+        wanted = verbatim or response.status in _MAY_BE_TOO_LONG
+        said = await hear(response, endpoint) if wanted else overhear(response, endpoint)
+        raise failed_status(response.status, said, response.headers.get("Retry-After"))
     if response.headers.get("Content-Encoding", "identity").lower() not in {"identity", "gzip", "deflate"}:
         raise AttemptFailed(UpstreamInvalid(), "an unknown content encoding")
 
 
+async def _check_stream(response: aiohttp.ClientResponse) -> None:
+    """Return if an event stream follows. Raises AttemptFailed."""
+    media_type = media_type_of(response)
+    if is_json(media_type):
+        raise await _failed_json(response)
+    if media_type != "text/event-stream":
+        raise AttemptFailed(UpstreamInvalid(), "not an event stream")
+
+
 async def _failed_json(response: aiohttp.ClientResponse) -> AttemptFailed:
     """A JSON body where a stream should be: an error object, or an endpoint that does not know how to stream."""
-    body = bytearray()
-    try:
-        async with asyncio.timeout(_ERROR_BODY_TIMEOUT):
-            while len(body) <= _MAX_ERROR_BODY and (data := await response.content.readany()):
-                body += data
-        value = decode_json(bytes(body))
-    except (TimeoutError, MalformedChunk, *BREAKS):
-        value = None
+    value = await read_json(response)
     if isinstance(value, dict) and value.get("error") is not None:
         return failed_in_stream(value["error"])
     return AttemptFailed(UpstreamInvalid(), "a JSON body instead of an event stream")
+
+
+async def _read_completion(response: aiohttp.ClientResponse) -> Chunk:
+    """The whole of a completion that was not streamed. Raises AttemptFailed where it is none."""
+    if not is_json(media_type_of(response)):
+        raise AttemptFailed(UpstreamInvalid(), "not JSON")
+    body = bytearray()
+    try:
+        while data := await response.content.readany():
+            body += data
+            if len(body) > _MAX_COMPLETION:
+                raise AttemptFailed(UpstreamInvalid(), f"a completion of more than {_MAX_COMPLETION} bytes")
+    except BREAKS as exc:
+        raise failed_body(exc) from exc
+    try:
+        completion = decode_completion(bytes(body))
+    except MalformedChunk as exc:
+        raise AttemptFailed(UpstreamInvalid(), "not a completion") from exc
+    if completion.error is not None:
+        raise failed_in_stream(completion.error)
+    return completion

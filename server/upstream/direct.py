@@ -26,7 +26,6 @@ from yarl import URL
 from server.upstream.body import finish_body, read_body
 from server.upstream.reader import AnswerReader
 from server.wire.chunked import ChunkedBody
-from server.wire.chunks import ChunkSink
 
 __all__ = ["DirectConnection", "DirectRequest", "Question", "connect_directly", "read_body_directly", "works"]
 
@@ -233,18 +232,17 @@ class _Receiver:
             self.turn.set_result(None)
 
 
-async def read_body_directly(response: aiohttp.ClientResponse, sink: ChunkSink) -> None:
+async def read_body_directly(response: aiohttp.ClientResponse, reader: AnswerReader) -> None:
     """As :func:`server.upstream.body.read_body`, by the short way where the response allows it."""
     # None where the whole response has come already.
     connection: object = None if response.connection is None else response.connection.protocol
     if isinstance(connection, DirectConnection) and connection.open_to_receivers:
-        await _receive_body(connection, response.content, sink)
+        await _receive_body(connection, response.content, reader)
     else:
-        await read_body(response, sink)
+        await read_body(response, reader)
 
 
-async def _receive_body(connection: DirectConnection, content: aiohttp.StreamReader, sink: ChunkSink) -> None:
-    reader = AnswerReader(sink)
+async def _receive_body(connection: DirectConnection, content: aiohttp.StreamReader, reader: AnswerReader) -> None:
     receiver = _Receiver(reader)
     content.on_eof(receiver.wake)
     try:
@@ -252,7 +250,7 @@ async def _receive_body(connection: DirectConnection, content: aiohttp.StreamRea
         await receiver.turn
         if receiver.failure is not None:
             raise receiver.failure
-        await finish_body(content, reader, sink)
+        await finish_body(content, reader)
     finally:
         connection.detach(receiver)
 

@@ -14,6 +14,7 @@ __all__ = ["MAX_MALFORMED_EVENTS", "AnswerReader"]
 
 MAX_MALFORMED_EVENTS: Final = 10  # in one answer; an endpoint with more does not speak the format
 _MAX_TAIL: Final = 4096  # bytes of a line that has begun; the parser, which copies nothing twice, takes longer ones
+_MALFORMED: Final = Chunk()  # what is made of an event that is no chunk
 _LESSONS: Final = 3  # templates that are learnt in vain before an endpoint is known for one whose frames change
 
 
@@ -21,14 +22,26 @@ class AnswerReader:
     """Reads one answer: the bytes of its body in, cut anywhere, and what they say to ``sink``, once a call.
 
     No I/O. ``over`` says that ``[DONE]`` has come, ``finished`` that a finish_reason has: from there on a close is a
-    clean end.
+    clean end. ``verbatim``: each chunk carries its event as it came.
     """
 
-    __slots__ = ("_fitted", "_lessons", "_malformed", "_parser", "_sink", "_tail", "_template", "finished", "over")
+    __slots__ = (
+        "_fitted",
+        "_lessons",
+        "_malformed",
+        "_parser",
+        "_sink",
+        "_tail",
+        "_template",
+        "_verbatim",
+        "finished",
+        "over",
+    )
 
-    def __init__(self, sink: ChunkSink) -> None:
+    def __init__(self, sink: ChunkSink, *, verbatim: bool = False) -> None:
         self._sink = sink
-        self._parser = EventStreamParser()
+        self._verbatim = verbatim
+        self._parser = EventStreamParser(keep_lines=verbatim)
         self._template: TokenTemplate | None = None
         self._lessons = _LESSONS
         self._fitted = False  # since the template was learnt
@@ -50,6 +63,10 @@ class AnswerReader:
             self._parse(data)
         return self.over
 
+    def end(self) -> None:
+        """The body has ended, behind a finish_reason: all was said."""
+        self._sink.end(())
+
     def _take_short_cut(self, template: TokenTemplate, data: bytes) -> bool:
         """Hand on the texts of ``data`` if it is events that fit, the last of them perhaps cut; the hot path."""
         texts = template.texts_of(data)
@@ -60,13 +77,14 @@ class AnswerReader:
             if not rest or len(rest) > _MAX_TAIL or b"\n" in rest or b"\r" in rest:
                 return False
             if rest is not data:
-                texts = template.texts_of(data[:whole])
+                data = data[:whole]
+                texts = template.texts_of(data)
                 if texts is None:
                     return False
             self._tail = rest
         if texts:
             self._fitted = True
-            self._sink.take_texts(texts)
+            self._sink.take_texts(texts, data)
         return True
 
     def _parse(self, data: bytes) -> None:
@@ -82,10 +100,13 @@ class AnswerReader:
                 self.over = True
                 break
             try:
-                chunks.append(self._read(event, data))
+                chunk = self._read(event, data)
             except AttemptFailed as exc:
                 failure = exc
                 break
+            if self._verbatim and chunk is not _MALFORMED:
+                chunk = chunk._replace(wire=event.lines + b"\n\n")
+            chunks.append(chunk)
         if self.over:
             self._sink.end(chunks)
             return
@@ -109,7 +130,7 @@ class AnswerReader:
             self._malformed += 1
             if self._malformed > MAX_MALFORMED_EVENTS:
                 raise AttemptFailed(UpstreamInvalid(), f"more than {MAX_MALFORMED_EVENTS} malformed events") from None
-            return Chunk()
+            return _MALFORMED
         if chunk.error is not None or event.type == b"error":
             raise failed_in_stream(chunk.error)
         if chunk.finish_reason:

@@ -1,181 +1,210 @@
-"""The road to an answer: which endpoint is asked, how often, and how long it may stay silent."""
+"""The road to an answer: which upstreams are asked, in what order, how often, and how long each may stay silent."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, Protocol
 
 from server.errors import UpstreamTimeout
 from server.logs import log_event
 from server.upstream.attempt import AttemptFailed
-from server.upstream.client import Endpoint, UpstreamClient
+from server.upstream.circuit import Circuit, CircuitState, Permit
+from server.upstream.client import UpstreamClient, UpstreamRequest
+from server.upstream.endpoint import Endpoint, Upstream
+from server.upstream.progress import Progress
+from server.upstream.race import Race, all_left_out
+from server.upstream.retry import RetryBudget, backoff
 from server.upstream.silence import SilenceDeadline
-from server.wire.chat import ChatRequest, encode_chat_request
-from server.wire.chunks import Chunk, ChunkSink
+from server.wire.chunks import ChunkSink
 
-__all__ = ["UpstreamRoute", "backoff"]
+__all__ = ["RoutedRequest", "UpstreamRoute"]
 
-_FIRST_DELAY: Final = 0.25  # s; doubled for each further try
-_LONGEST_DELAY: Final = 8.0  # s
 _LEAST_TRY: Final = 0.05  # s; what would have less of the first-token time left would be begun in vain
 
 _log = logging.getLogger("sluice.upstream")
 
 
-def backoff(tries: int, *, jitter: Callable[[], float] = random.random) -> float:
-    """Seconds to wait before the next try: exponential, with jitter so that the refused do not come back together.
+class RoutedRequest(UpstreamRequest, Protocol):
+    """What is asked, and of whom."""
 
-    ``tries`` counts those that failed, from 1; ``jitter`` gives a value in [0, 1).
-    """
-    return float(min(_LONGEST_DELAY, _FIRST_DELAY * 2 ** (tries - 1)) * (0.5 + jitter() / 2))
+    @property
+    def model(self) -> str | None:
+        """The model that the asker named, one of the configured ones; None leaves it to the server."""
 
 
 class UpstreamRoute:
-    """Asks the endpoint, again where a further try may help, until it answers or is given up.
+    """Asks one endpoint after the other, each again where a further try may help, until one answers.
 
-    ``first_token_timeout`` (s) spans all tries and the pauses between them; ``idle_timeout`` (s) runs between deltas
-    with content; ``retries`` is how many further tries follow a failed one, before the first token only.
+    ``first_token_timeout`` (s) spans all tries at one endpoint and the pauses between them; ``idle_timeout`` (s) runs
+    between deltas with content; ``retries`` is how many further tries follow a failed one, before the first token only.
+    ``hedge_after`` (s): after so long without a first token the next endpoint is asked too; None = never.
     """
 
     def __init__(
         self,
         client: UpstreamClient,
-        endpoint: Endpoint,
+        endpoints: Sequence[Endpoint],
         *,
         first_token_timeout: float,
         idle_timeout: float,
         retries: int,
+        hedge_after: float | None = None,
     ) -> None:
         self._client = client
-        self._endpoint = endpoint
+        self._upstreams = [Upstream(endpoint, Circuit()) for endpoint in endpoints]
         self._first_token_timeout = first_token_timeout
         self._idle_timeout = idle_timeout
         self._retries = retries
+        self._hedge_after = hedge_after
+        self._budget = RetryBudget()
+
+    def model_for(self, request: RoutedRequest) -> str:
+        """The model that is asked first."""
+        return self._upstreams_for(request)[0].endpoint.model
 
     @property
-    def model(self) -> str:
-        """The model that is asked first."""
-        return self._endpoint.model
+    def closed_to_all(self) -> bool:
+        """Whether every upstream is left out at the moment."""
+        return all(upstream.circuit.state is CircuitState.OPEN for upstream in self._upstreams)
 
-    async def relay(self, request: ChatRequest, sink: ChunkSink) -> None:
+    async def relay(self, request: RoutedRequest, sink: ChunkSink) -> None:
         """Hand the answer's chunks to ``sink`` as they come, and end it once, when it is complete.
 
         The end comes before the connection is tidied up, so no viewer waits for that. Raises UpstreamFailed where
-        there is no complete answer. Cancelling it closes the request to the endpoint.
+        there is no complete answer. Cancelling it closes the requests to the endpoints.
         """
+        self._budget.deposit()
+        upstreams = self._upstreams_for(request)
+        try:
+            if self._hedge_after is None or len(upstreams) == 1:
+                await self._ask_in_turn(upstreams, request, sink)
+            else:
+                await Race(self._hedge_after, self._budget, sink).run(
+                    upstreams, lambda upstream, permit, progress: self._ask(upstream, permit, request, progress)
+                )
+        except AttemptFailed as failed:
+            raise failed.error from failed
+
+    def _upstreams_for(self, request: RoutedRequest) -> Sequence[Upstream]:
+        """Those that have the model which was asked for come first; the others can still stand in for them."""
+        if request.model is None or len(self._upstreams) == 1:
+            return self._upstreams
+        return sorted(self._upstreams, key=lambda upstream: upstream.endpoint.model != request.model)
+
+    async def _ask_in_turn(self, upstreams: Sequence[Upstream], request: RoutedRequest, sink: ChunkSink) -> None:
+        last: AttemptFailed | None = None
+        for upstream in upstreams:
+            permit = upstream.circuit.enter()
+            if permit is None:
+                continue
+            progress = Progress(sink)
+            try:
+                await self._ask(upstream, permit, request, progress)
+            except AttemptFailed as failed:
+                if progress.heard or not failed.elsewhere:
+                    raise
+                last = failed
+            else:
+                return
+        raise last or all_left_out()
+
+    async def _ask(self, upstream: Upstream, permit: Permit, request: RoutedRequest, progress: Progress) -> None:
+        """Ask one upstream, as often as may help; ``permit`` is for the first try. Raises AttemptFailed."""
         silence = SilenceDeadline(first=self._first_token_timeout, idle=self._idle_timeout)
-        progress = _Progress(sink, silence)
         try:
             async with silence:
-                await self._ask(request, progress, silence)
+                await self._try(upstream, permit, request, progress, silence)
         except TimeoutError as exc:
             if not silence.expired:
                 raise
             if progress.finished:  # all was said, but for the [DONE] that never came
                 progress.end(())
             elif not progress.ended:
-                raise UpstreamTimeout from exc
+                failed = AttemptFailed(UpstreamTimeout(), "silent")
+                self._report(upstream, failed)
+                raise failed from exc
 
-    async def _ask(self, request: ChatRequest, progress: _Progress, silence: SilenceDeadline) -> None:
-        loop = asyncio.get_running_loop()
+    async def _try(
+        self, upstream: Upstream, permit: Permit, request: RoutedRequest, progress: Progress, silence: SilenceDeadline
+    ) -> None:
         tries = 0
         stale = False
         while True:
-            progress.begin_try()
             try:
-                await self._client.ask(self._endpoint, encode_chat_request(request, self._endpoint.model), progress)
+                await self._try_once(upstream, permit, request, progress, silence)
             except AttemptFailed as failed:
                 if failed.stale and not stale:
                     # The endpoint closed an idle connection just as it was used again: it has not seen the request,
                     # and nothing is wrong with it. Once, since the next connection may be another stale one.
                     stale = True
-                    continue
-                tries += 1
-                if progress.heard or not failed.again or tries > self._retries:
-                    self._report(failed, tries)
-                    raise failed.error from failed
-                delay = backoff(tries)
-                if failed.retry_after is not None:
-                    delay = max(delay, failed.retry_after)
-                if loop.time() + delay + _LEAST_TRY >= silence.deadline:
-                    self._report(failed, tries)
-                    raise failed.error from failed
-                log_event(
-                    _log, logging.DEBUG, "upstream_retry", reason=failed.reason, tries=tries, delay_s=round(delay, 3)
-                )
-                await asyncio.sleep(delay)
+                else:
+                    tries += 1
+                    delay = self._pause_after(failed, tries, progress, silence)
+                    if delay is None:
+                        self._report(upstream, failed, tries)
+                        raise
+                    log_event(
+                        _log,
+                        logging.DEBUG,
+                        "upstream_retry",
+                        upstream=upstream.endpoint.name,
+                        reason=failed.reason,
+                        tries=tries,
+                        delay_s=round(delay, 3),
+                    )
+                    await asyncio.sleep(delay)
+                next_permit = upstream.circuit.enter()
+                if next_permit is None:  # others have found meanwhile that it keeps failing
+                    self._report(upstream, failed, tries)
+                    raise
+                permit = next_permit
             else:
                 return
 
+    def _pause_after(
+        self, failed: AttemptFailed, tries: int, progress: Progress, silence: SilenceDeadline
+    ) -> float | None:
+        """Seconds to wait before a further try at the same upstream; None if there is to be none."""
+        if not failed.again or progress.heard or tries > self._retries:
+            return None
+        delay = max(backoff(tries), failed.retry_after or 0.0)
+        if silence.left <= delay + _LEAST_TRY or not self._budget.take():
+            return None
+        return delay
+
+    async def _try_once(
+        self, upstream: Upstream, permit: Permit, request: RoutedRequest, progress: Progress, silence: SilenceDeadline
+    ) -> None:
+        """One request, and what it says of the upstream's health. Raises AttemptFailed."""
+        progress.begin_try(permit, silence)
+        try:
+            await self._client.ask(upstream.endpoint, request, progress)
+        except AttemptFailed as failed:
+            if failed.counts:
+                self._note_failure(upstream, permit)
+            raise
+        except asyncio.CancelledError:
+            if silence.left <= 0:
+                self._note_failure(upstream, permit)
+            raise
+        finally:
+            permit.withdrawn()  # where nothing else was said of it
+
     @staticmethod
-    def _report(failed: AttemptFailed, tries: int) -> None:
-        log_event(_log, logging.WARNING, "upstream_failed", code=failed.error.code, reason=failed.reason, tries=tries)
+    def _note_failure(upstream: Upstream, permit: Permit) -> None:
+        if permit.failed():
+            log_event(_log, logging.WARNING, "circuit_open", upstream=upstream.endpoint.name)
 
-
-class _Progress:
-    """What has been heard of the answer so far.
-
-    What a try says before its first content (a usage, a finish_reason, a model's name) is held back until that comes,
-    or the end: a try that comes to nothing must leave no trace in the answer of the next one.
-    """
-
-    __slots__ = ("_held", "_silence", "_sink", "ended", "finished", "heard")
-
-    def __init__(self, sink: ChunkSink, silence: SilenceDeadline) -> None:
-        self._sink = sink
-        self._silence = silence
-        self._held = Chunk()
-        self.heard = False  # a delta with content has been handed on
-        self.finished = False  # a finish_reason has come
-        self.ended = False
-
-    def begin_try(self) -> None:
-        """Forget what the last try said; nothing of it has been handed on."""
-        self._held = Chunk()
-        self.finished = False
-
-    def take(self, chunks: Sequence[Chunk]) -> None:
-        if chunks := self._listen(chunks):
-            self._sink.take(chunks)
-
-    def take_texts(self, texts: Sequence[bytes]) -> None:
-        """The hot path. The first content of a try never comes this way: from it the short cut is learnt."""
-        self._silence.heard()
-        self._sink.take_texts(texts)
-
-    def end(self, chunks: Sequence[Chunk]) -> None:
-        if not self.ended:
-            self.ended = True
-            chunks = self._listen(chunks)
-            self._sink.end(chunks if self.heard else [self._held])
-
-    def _listen(self, chunks: Sequence[Chunk]) -> Sequence[Chunk]:
-        """Note what ``chunks`` say, and return what is to be handed on now."""
-        heard = False
-        for chunk in chunks:
-            if chunk.deltas:
-                heard = True
-            if chunk.finish_reason:
-                self.finished = True
-        if not (heard or self.heard):
-            self._hold(chunks)
-            return ()
-        if not self.heard:
-            self.heard = True
-            chunks = [self._held, *chunks]
-        if heard:
-            self._silence.heard()
-        return chunks
-
-    def _hold(self, chunks: Sequence[Chunk]) -> None:
-        """Keep the last word on each thing, in one chunk: an endpoint may repeat itself for as long as it is let."""
-        for chunk in chunks:
-            held = self._held
-            self._held = Chunk(
-                finish_reason=chunk.finish_reason or held.finish_reason,
-                usage=chunk.usage or held.usage,
-                model=chunk.model or held.model,
-            )
+    @staticmethod
+    def _report(upstream: Upstream, failed: AttemptFailed, tries: int | None = None) -> None:
+        log_event(
+            _log,
+            logging.WARNING,
+            "upstream_failed",
+            upstream=upstream.endpoint.name,
+            code=failed.error.code,
+            reason=failed.reason,
+            tries=tries,
+        )

@@ -45,6 +45,11 @@ class SilenceDeadline:
             finally:
                 self.expired = scope.expired()
 
+    @property
+    def left(self) -> float:
+        """Seconds that the silence may still last."""
+        return self.deadline - self._loop.time()
+
     def heard(self) -> None:
         """Content has come: the idle time starts anew."""
         deadline = self._loop.time() + self._idle
@@ -55,7 +60,7 @@ class SilenceDeadline:
         self.deadline = deadline
 
     def _wake(self) -> None:
-        if self._scope is not None and self._loop.time() >= self.deadline:
+        if self._scope is not None and self.left <= 0:
             self._scope.reschedule(self._loop.time())
         else:
             self._set_timer(self.deadline)

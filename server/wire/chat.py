@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
 
 from server.errors import InvalidRequest
 
-__all__ = ["ChatRequest", "PostedChat", "PostedMessage", "decode_posted_chat", "encode_chat_request"]
+__all__ = ["ChatRequest", "Content", "PostedChat", "PostedMessage", "decode_posted_chat", "invalid_body"]
 
 _MAX_MESSAGES: Final = 1000  # of one conversation; a body of 1 MiB could hold 30,000
 _MAX_ECHO: Final = 200  # characters of a client's own words in what it is told
@@ -50,7 +50,7 @@ def decode_posted_chat(body: bytes, *, max_chars: int) -> PostedChat:
         # What has passed is at most three levels deep, so this cannot exhaust the stack.
         json.loads(body, object_pairs_hook=_refuse_twice)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise _invalid(_in_our_words(exc, body)) from None
+        raise invalid_body(exc, body) from None
     for place, message in enumerate(chat.messages):
         where = f"messages[{place}].content"
         if len(message.content) > max_chars:
@@ -68,6 +68,11 @@ def _refuse_twice(pairs: list[tuple[str, Any]]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise _invalid(f"the field {name} is given more than once")
+
+
+def invalid_body(exc: Exception, body: bytes) -> InvalidRequest:
+    """What is wrong with a body that msgspec did not take, in our words."""
+    return _invalid(_in_our_words(exc, body))
 
 
 def _in_our_words(exc: Exception, body: bytes) -> str:
@@ -92,24 +97,37 @@ def _invalid(reason: str) -> InvalidRequest:
 # ---- To an upstream
 
 
+Content = str | list[dict[str, Any]]  # a text, or OpenAI's content parts
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest:
-    """A conversation to be answered. ``messages`` are (role, content) pairs, oldest first."""
+    """A conversation to be answered in our own words. ``messages`` are (role, content) pairs, oldest first; ``model``
+    is the one that was named, None where that was left to the server."""
 
-    messages: tuple[tuple[str, str], ...]
+    messages: tuple[tuple[str, Content], ...]
     max_tokens: int
     temperature: float
+    model: str | None = None
 
+    streamed: ClassVar[bool] = True
+    verbatim: ClassVar[bool] = False
 
-def encode_chat_request(request: ChatRequest, model: str) -> bytes:
-    """The request's body, always streamed and with the usage that some endpoints give only when asked."""
-    return _encoder.encode(
-        {
-            "model": model,
-            "messages": [{"role": role, "content": content} for role, content in request.messages],
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "max_tokens": request.max_tokens,
-            "temperature": request.temperature,
-        }
-    )
+    @property
+    def prompt(self) -> str:
+        """The last message."""
+        content = self.messages[-1][1]
+        return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+    def encode(self, model: str) -> bytes:
+        """The request's body, always streamed and with the usage that some endpoints give only when asked."""
+        return _encoder.encode(
+            {
+                "model": model,
+                "messages": [{"role": role, "content": content} for role, content in self.messages],
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                "max_tokens": self.max_tokens,
+                "temperature": self.temperature,
+            }
+        )

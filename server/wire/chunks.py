@@ -11,6 +11,7 @@ import msgspec
 
 __all__ = [
     "DONE",
+    "Answerer",
     "Chunk",
     "ChunkSink",
     "Delta",
@@ -18,6 +19,7 @@ __all__ = [
     "MalformedChunk",
     "Usage",
     "decode_chunk",
+    "decode_completion",
     "decode_json",
 ]
 
@@ -63,16 +65,30 @@ class Chunk(NamedTuple):
     usage: Usage | None = None
     model: str | None = None
     error: Any = None  # the error object (or text) of a chunk that is an error
+    wire: bytes = b""  # its event as it came, for those who pass it on as it is; else empty
+
+
+class Answerer(NamedTuple):
+    """Who answers: the model that was asked, and what its endpoint calls the request."""
+
+    model: str
+    request_id: str | None = None
 
 
 class ChunkSink(Protocol):
     """Where an answer's chunks go, a batch at a time: all that one read of the network brought."""
 
+    def begin(self, answerer: Answerer, /) -> None:
+        """Who it is that answers, before anything of the answer."""
+
     def take(self, chunks: Sequence[Chunk], /) -> None:
         """Chunks, in their order."""
 
-    def take_texts(self, texts: Sequence[bytes], /) -> None:
-        """Deltas of content and nothing else, in their order: each text as the inside of a JSON string, never empty."""
+    def take_texts(self, texts: Sequence[bytes], wire: bytes, /) -> None:
+        """Deltas of content and nothing else, in their order: each text as the inside of a JSON string, never empty.
+
+        ``wire`` is their events as they came, each with the same bytes round its text.
+        """
 
     def end(self, chunks: Sequence[Chunk], /) -> None:
         """The last chunks of an answer that is complete."""
@@ -84,9 +100,27 @@ def decode_chunk(data: bytes) -> Chunk:
     Whatever has another type than OpenAI documents counts as absent: an endpoint's quirk may cost a field, never the
     answer. Only choice 0 is read, as we never ask for more.
     """
+    return _read_chunk(_decode_object(data), "delta")
+
+
+def decode_completion(body: bytes) -> Chunk:
+    """A completion that was not streamed, as the one chunk that says all of it. Raises MalformedChunk where it is not a
+    JSON object with choices."""
+    value = _decode_object(body)
+    chunk = _read_chunk(value, "message")
+    if chunk.error is None and not isinstance(value.get("choices"), list):
+        raise MalformedChunk("no choices")
+    return chunk._replace(wire=body)
+
+
+def _decode_object(data: bytes) -> dict[str, Any]:
     value = decode_json(data)
     if not isinstance(value, dict):
         raise MalformedChunk("not a JSON object")
+    return value
+
+
+def _read_chunk(value: dict[str, Any], part: str) -> Chunk:
     error = value.get("error")
     if isinstance(error, dict) or (isinstance(error, str) and error):
         return Chunk(error=error)
@@ -96,7 +130,7 @@ def decode_chunk(data: bytes) -> Chunk:
     if isinstance(choices, list):
         for choice in choices:
             if isinstance(choice, dict) and not _is_another(choice.get("index")):
-                deltas += _read_delta(choice.get("delta"))
+                deltas += _read_delta(choice.get(part))
                 finish_reason = _name(choice.get("finish_reason")) or finish_reason
     return Chunk(deltas, finish_reason, _read_usage(value.get("usage")), _name(value.get("model")))
 

@@ -10,29 +10,30 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from server.errors import RelayError
-from server.wire.chunks import Usage
+from server.wire.chunks import Answerer, Chunk, DeltaKind, Usage
 from server.wire.sse import encode_event
 
-__all__ = ["PING", "EventEncoder", "EventId", "ping", "read_event_id"]
+__all__ = ["EventEncoder", "EventId", "Summary", "encode_text", "read_event_id"]
 
 _RETRY_MS: Final = 1000  # how long an EventSource waits before it comes back
 
 # 64 characters and 100 digits are more than any id of ours has; a bound, for the rest is reckoned with and echoed.
 _EVENT_ID: Final = re.compile(r"([A-Za-z0-9_-]{22,64})\.([0-9]{1,100})", re.ASCII)
 
+_PING: Final = encode_event(b"{}", type=b"ping")
+
 _encoder = msgspec.json.Encoder()
 
 
-def ping(retry_ms: int | None = None) -> bytes:
-    """A heartbeat; with ``retry_ms``, how long the client waits before it comes back.
+class Summary(NamedTuple):
+    """What is told of an answer when it has ended."""
 
-    It has no id: it is no part of the answer. Nor does a ``retry`` ever stand alone, since some clients take a block
-    without data for an event that they cannot read.
-    """
-    return encode_event(b"{}", type=b"ping", retry=retry_ms)
-
-
-PING: Final = ping()
+    finish_reason: str | None
+    usage: Usage
+    tokens: int  # deltas of content
+    model: str  # the one that really answered
+    ttft_ms: int | None
+    duration_ms: int
 
 
 class EventId(NamedTuple):
@@ -49,9 +50,9 @@ def read_event_id(text: str) -> EventId | None:
 
 
 class EventEncoder:
-    """Encodes one answer's events. Each method returns the bytes of one whole event, blank line included.
+    """Encodes one answer's events for an EventSource. Each method returns whole events, blank lines included.
 
-    ``number`` is the event's place in the answer, from 0; its id on the wire is ``SID.number``.
+    ``number`` is the first one's place in the answer, from 0; an event's id on the wire is ``SID.number``.
     """
 
     __slots__ = ("_id", "_stream_id", "_token")
@@ -61,57 +62,69 @@ class EventEncoder:
         self._id = stream_id.encode("ascii")
         self._token = b'id: %b.%%d\ndata: {"token":"%%b"}\n\n' % self._id
 
-    def start(self, number: int, model: str) -> bytes:
-        return self._event(number, {"id": self._stream_id, "model": model}, type=b"start", retry=_RETRY_MS)
+    def start(self, number: int, model: str) -> Sequence[bytes]:
+        """The answer begins, with nothing known of it but the model that is asked first."""
+        return [self._event(number, {"id": self._stream_id, "model": model}, type=b"start", retry=_RETRY_MS)]
 
-    def token(self, number: int, text: str) -> bytes:
-        """One upstream delta's content, exactly."""
-        return self._token % (number, _encode_text(text)[1:-1])
+    def begin(self, answerer: Answerer) -> None:
+        """Told at the end, when it is sure."""
 
-    def tokens(self, number: int, texts: Sequence[bytes]) -> list[bytes]:
-        """As :meth:`token`, from ``number`` on, for texts that are the inside of JSON strings already. The hot path."""
+    def tokens(self, number: int, texts: Sequence[bytes], wire: bytes) -> Sequence[bytes]:
+        """Deltas of content, each text the inside of a JSON string already. The hot path."""
         template = self._token
         if len(texts) == 1:
             return [template % (number, texts[0])]
         return [template % numbered for numbered in enumerate(texts, number)]
 
-    def reasoning(self, number: int, text: str) -> bytes:
-        return b'event: reasoning\nid: %b.%d\ndata: {"reasoning":%b}\n\n' % (self._id, number, _encode_text(text))
+    def chunk(self, number: int, chunk: Chunk) -> Sequence[bytes]:
+        """What a chunk says: one event a delta, with its text, exactly."""
+        events: list[bytes] = []
+        for kind, text in chunk.deltas:
+            place = number + len(events)
+            if kind is DeltaKind.CONTENT:
+                events.append(self._token % (place, encode_text(text)[1:-1]))
+            elif kind is DeltaKind.REASONING:
+                events.append(
+                    b'event: reasoning\nid: %b.%d\ndata: {"reasoning":%b}\n\n' % (self._id, place, encode_text(text))
+                )
+        return events
 
-    def usage(
-        self,
-        number: int,
-        *,
-        finish_reason: str | None,
-        usage: Usage,
-        tokens: int,
-        model: str,
-        ttft_ms: int | None,
-        duration_ms: int,
-    ) -> bytes:
+    def complete(self, number: int, summary: Summary) -> Sequence[bytes]:
+        """The end of an answer that has one."""
         fields = {
-            "finish_reason": finish_reason,
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "tokens": tokens,
-            "model": model,
-            "ttft_ms": ttft_ms,
-            "duration_ms": duration_ms,
+            "finish_reason": summary.finish_reason,
+            "prompt_tokens": summary.usage.prompt_tokens,
+            "completion_tokens": summary.usage.completion_tokens,
+            "tokens": summary.tokens,
+            "model": summary.model,
+            "ttft_ms": summary.ttft_ms,
+            "duration_ms": summary.duration_ms,
         }
-        return self._event(number, fields, type=b"usage")
+        done = encode_event(b"[DONE]", id=b"%b.%d" % (self._id, number + 1))
+        return [self._event(number, fields, type=b"usage"), done]
 
-    def done(self, number: int) -> bytes:
-        return encode_event(b"[DONE]", id=b"%b.%d" % (self._id, number))
+    def stopped(self, number: int, summary: Summary) -> Sequence[bytes]:
+        """The end of an answer that its client stopped."""
+        return self.complete(number, summary._replace(finish_reason="cancelled"))
 
-    def error(self, number: int, error: RelayError) -> bytes:
+    def failed(self, number: int, error: RelayError) -> Sequence[bytes]:
         """The one event that ends an answer which failed after admission; no ``[DONE]`` follows it."""
-        return self._event(number, {"error": error.code, "message": str(error), "retryable": error.retryable})
+        return [self._event(number, {"error": error.code, "message": str(error), "retryable": error.retryable})]
+
+    def ping(self, retry_ms: int | None = None) -> bytes:
+        """A heartbeat; with ``retry_ms``, how long the client waits before it comes back.
+
+        It has no id: it is no part of the answer. Nor does a ``retry`` ever stand alone, since some clients take a
+        block without data for an event that they cannot read.
+        """
+        return _PING if retry_ms is None else encode_event(b"{}", type=b"ping", retry=retry_ms)
 
     def _event(self, number: int, fields: dict[str, Any], *, type: bytes = b"", retry: int | None = None) -> bytes:  # noqa: A002
         return encode_event(_encode_json(fields), type=type, id=b"%b.%d" % (self._id, number), retry=retry)
 
 
-def _encode_text(text: str) -> bytes:
+def encode_text(text: str) -> bytes:
+    """``text`` as a JSON string, quotation marks included."""
     try:
         return _encoder.encode(text)
     except UnicodeEncodeError:

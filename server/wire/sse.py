@@ -25,6 +25,7 @@ class ServerSentEvent(NamedTuple):
     data: bytes
     type: bytes = b"message"
     last_event_id: bytes = b""
+    lines: bytes = b""  # its data lines as they came, joined by LF, where the parser keeps them
 
 
 class EventStreamParser:
@@ -32,6 +33,7 @@ class EventStreamParser:
 
     It works on bytes, since the field names and line ends that it looks for are ASCII and no byte of a longer UTF-8
     character is: decoding can wait for whoever needs the text. ``retry`` (ms) holds the last legal ``retry`` field.
+    ``keep_lines``: events carry their data lines as they came, for those who pass them on.
     """
 
     __slots__ = (
@@ -39,7 +41,9 @@ class EventStreamParser:
         "_at_start",
         "_data",
         "_held",
+        "_keep_lines",
         "_last_event_id",
+        "_lines",
         "_max_event_bytes",
         "_partial",
         "_pending_id",
@@ -47,13 +51,17 @@ class EventStreamParser:
         "retry",
     )
 
-    def __init__(self, *, max_event_bytes: int = MAX_EVENT_BYTES, last_event_id: bytes = b"") -> None:
+    def __init__(
+        self, *, max_event_bytes: int = MAX_EVENT_BYTES, last_event_id: bytes = b"", keep_lines: bool = False
+    ) -> None:
         self.retry: int | None = None
+        self._keep_lines = keep_lines
         self._max_event_bytes = max_event_bytes
         self._at_start = True  # a byte order mark may still come
         self._after_cr = False  # the last feed ended with CR: an LF that follows belongs to it
         self._partial = bytearray()  # the line whose end has not come yet
         self._data: list[bytes] = []
+        self._lines: list[bytes] = []  # the data lines whole, if they are kept
         self._type = b""
         self._last_event_id = last_event_id  # of the last complete block
         self._pending_id = last_event_id  # takes effect with the block's blank line
@@ -98,7 +106,8 @@ class EventStreamParser:
         events: list[ServerSentEvent] = []
         for block in blocks:
             if block.startswith(b"data: ") and b"\n" not in block:
-                events.append(ServerSentEvent(block[6:], b"message", self._last_event_id))
+                lines = block if self._keep_lines else b""
+                events.append(ServerSentEvent(block[6:], b"message", self._last_event_id, lines))
             else:
                 events += self._feed_lines(block + b"\n\n")
         if rest:
@@ -152,6 +161,8 @@ class EventStreamParser:
             value = value[1:]
         if name == b"data":
             self._data.append(value)
+            if self._keep_lines:
+                self._lines.append(line)
             self._hold(len(line) + 1)
         elif name == b"event":
             self._type = value
@@ -176,8 +187,10 @@ class EventStreamParser:
         self._last_event_id = self._pending_id
         event = None
         if self._data:
-            event = ServerSentEvent(b"\n".join(self._data), self._type or b"message", self._last_event_id)
+            lines = b"\n".join(self._lines)
+            event = ServerSentEvent(b"\n".join(self._data), self._type or b"message", self._last_event_id, lines)
             self._data.clear()
+            self._lines.clear()
         self._type = b""
         self._held = 0
         return event

@@ -12,11 +12,13 @@ import pytest
 
 from server.errors import RelayError, UpstreamIncomplete, UpstreamRejected, UpstreamTimeout
 from server.relay.admission import TokenBuckets
-from server.relay.answer import Answer
+from server.relay.answer import Answer, AnswerRequest
 from server.relay.life import Life, Outcome
+from server.relay.log import ReplayLog
 from server.settings import Rate
 from server.wire.chat import ChatRequest
 from server.wire.chunks import Chunk, ChunkSink, Delta, DeltaKind, Usage
+from server.wire.events import EventEncoder
 from server.wire.sse import EventStreamParser
 
 REQUEST = ChatRequest(messages=(("user", "hi"),), max_tokens=8, temperature=0.0)
@@ -35,13 +37,14 @@ class Limits:
 class FakeSource:
     """A source whose script is in the test's hand."""
 
-    model = "asked"
-
     def __init__(self, play: Play) -> None:
         self._play = play
         self.cancelled = False
 
-    async def relay(self, request: ChatRequest, sink: ChunkSink, /) -> None:
+    def model_for(self, request: AnswerRequest, /) -> str:
+        return "asked"
+
+    async def relay(self, request: AnswerRequest, sink: ChunkSink, /) -> None:
         try:
             await self._play(sink.take, lambda: sink.end(()))
         except asyncio.CancelledError:
@@ -53,13 +56,15 @@ def text(value: str) -> Chunk:
     return Chunk((Delta(DeltaKind.CONTENT, value),))
 
 
-def new_life() -> Life:
-    return Life(grace=5.0, window=60.0)
+def new_answer(source: FakeSource, limits: Limits | None = None, **options: Any) -> Answer:
+    limits = limits or Limits()
+    life, log = Life(grace=5.0, window=60.0), ReplayLog(max_bytes=limits.max_answer_bytes)
+    return Answer("SID", REQUEST, source, limits, life, log, EventEncoder("SID"), **options)
 
 
 def answer_of(play: Play, **limits: Any) -> tuple[Answer, FakeSource]:
     source = FakeSource(play)
-    return Answer("SID", REQUEST, source, Limits(**limits), new_life()), source
+    return new_answer(source, Limits(**limits)), source
 
 
 def events_of(answer: Answer) -> list[tuple[str, str, Any]]:
@@ -242,7 +247,7 @@ async def test_time_to_first_token_is_measured_to_the_first_delta_with_content()
         now += 5
         done()
 
-    answer = Answer("SID", REQUEST, FakeSource(play), Limits(), new_life(), clock=lambda: now)
+    answer = new_answer(FakeSource(play), clock=lambda: now)
     await ended(answer)
     assert (answer.ttft, answer.duration) == (2.0, 7.0)
 
@@ -280,7 +285,7 @@ async def test_it_generates_no_more_than_its_budget(kind: DeltaKind) -> None:
         sink([Chunk((Delta(kind, "a"),)) for _ in range(9)])
 
     reservation = TokenBuckets(Rate(4, 1e6)).reserve("client", 100)
-    answer = Answer("SID", REQUEST, FakeSource(play), Limits(), new_life(), reservation=reservation)
+    answer = new_answer(FakeSource(play), reservation=reservation)
     await ended(answer)
     _, *shown, error = events_of(answer)
     assert len(shown) == (0 if kind is DeltaKind.TOOL_CALL else 4)
@@ -296,14 +301,7 @@ async def test_it_outgrows_its_reservation_while_its_client_has_tokens() -> None
         sink([text("a") for _ in range(300)])
         done()
 
-    answer = Answer(
-        "SID",
-        REQUEST,
-        FakeSource(play),
-        Limits(max_answer_bytes=100_000),
-        new_life(),
-        reservation=buckets.reserve("c", 4),
-    )
+    answer = new_answer(FakeSource(play), Limits(max_answer_bytes=100_000), reservation=buckets.reserve("c", 4))
     await ended(answer)
     assert (answer.life.outcome, answer.generated) == (Outcome.COMPLETED, 300)
     assert buckets.look("c").remaining == 200

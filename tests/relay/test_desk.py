@@ -10,6 +10,7 @@ import pytest
 from server.errors import Overloaded, ShuttingDown, StreamNotFound, TooManyStreams
 from server.relay import desk as desk_module
 from server.relay.admission import TokenBuckets
+from server.relay.answer import AnswerRequest
 from server.relay.desk import Desk, Stream
 from server.relay.life import Outcome
 from server.settings import Rate
@@ -36,12 +37,13 @@ class Limits:
 class Endless:
     """A source that speaks once and then waits for ever; ``running`` counts the requests that are open."""
 
-    model = "m"
-
     def __init__(self) -> None:
         self.running = 0
 
-    async def relay(self, request: ChatRequest, sink: ChunkSink, /) -> None:
+    def model_for(self, request: AnswerRequest, /) -> str:
+        return "m"
+
+    async def relay(self, request: AnswerRequest, sink: ChunkSink, /) -> None:
         self.running += 1
         try:
             sink.take([Chunk((Delta(DeltaKind.CONTENT, "a"),))])

@@ -37,6 +37,7 @@ from server.errors import (
     UpstreamUnreachable,
 )
 from server.relay.admission import Reservation
+from server.relay.answer import AnswerRequest
 from server.relay.desk import Desk, Stream
 from server.relay.life import Outcome
 from server.wire.chat import ChatRequest
@@ -458,13 +459,14 @@ class Wire:
 class Source:
     """Plays the script of whichever answer asks; ``known`` says which that is, by its request's own words."""
 
-    model = "asked"
-
     def __init__(self) -> None:
         self.known: dict[str, Known] = {}
 
-    async def relay(self, request: ChatRequest, sink: ChunkSink, /) -> None:
-        known = self.known[request.messages[0][1]]
+    def model_for(self, request: AnswerRequest, /) -> str:
+        return "asked"
+
+    async def relay(self, request: AnswerRequest, sink: ChunkSink, /) -> None:
+        known = self.known[request.prompt]
         script = known.script
         known.asking += 1
         try:
@@ -472,7 +474,7 @@ class Source:
                 await asyncio.sleep(pause)
                 texts = [delta.text.encode() for chunk in chunks for delta in chunk.deltas]
                 if script.undecoded and chunks == [Chunk((Delta(DeltaKind.CONTENT, text.decode()),)) for text in texts]:
-                    sink.take_texts(texts)
+                    sink.take_texts(texts, b"".join(texts))
                 else:
                     sink.take(chunks)
             await asyncio.sleep(script.pause)

@@ -8,7 +8,7 @@ import pytest
 
 from server.relay.log import ReplayLog
 from server.relay.viewer import Viewer
-from server.wire.events import PING, ping
+from server.wire.events import EventEncoder
 
 
 class FakeConnection:
@@ -53,6 +53,10 @@ class FakeConnection:
         self.abort()
 
 
+ping = EventEncoder("SID").ping
+PING = ping()
+
+
 @pytest.fixture
 def log() -> ReplayLog:
     log = ReplayLog(max_bytes=1 << 20)
@@ -63,7 +67,7 @@ def log() -> ReplayLog:
 def viewer_of(
     log: ReplayLog, connection: FakeConnection, heartbeat: float = 60, write_timeout: float = 60, offset: int = 0
 ) -> Viewer:
-    return Viewer(log, connection, heartbeat=heartbeat, write_timeout=write_timeout, offset=offset)
+    return Viewer(log, connection, ping, heartbeat=heartbeat, write_timeout=write_timeout, offset=offset)
 
 
 def publish(log: ReplayLog, *events: bytes) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from server.wire.chunks import Chunk, Delta, DeltaKind
+from server.wire.chat import ChatRequest
+from server.wire.chunks import Answerer, Chunk, Delta, DeltaKind
 
-__all__ = ["Recording"]
+__all__ = ["ASKED", "Recording"]
+
+ASKED = ChatRequest(messages=(("user", "hi"),), max_tokens=5, temperature=0.5)
 
 
 class Recording:
@@ -18,12 +21,18 @@ class Recording:
         self.chunks: list[Chunk] = []
         self.done = 0
         self.undecoded = 0
+        self.answerer: Answerer | None = None
+        self.wire = b""  # of the deltas that came as they were
+
+    def begin(self, answerer: Answerer) -> None:
+        self.answerer = answerer
 
     def take(self, chunks: Sequence[Chunk]) -> None:
         self.chunks += chunks
 
-    def take_texts(self, texts: Sequence[bytes]) -> None:
+    def take_texts(self, texts: Sequence[bytes], wire: bytes) -> None:
         assert texts
+        self.wire += wire
         self.undecoded += len(texts)
         self.chunks += [Chunk((Delta(DeltaKind.CONTENT, json.loads(b'"' + text + b'"')),)) for text in texts]
 

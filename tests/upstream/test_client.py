@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 
 from server.errors import UpstreamFailed
 from server.upstream.attempt import AttemptFailed, parse_retry_after
-from server.upstream.client import Endpoint, UpstreamClient
+from server.upstream.client import UpstreamClient
+from server.upstream.endpoint import Endpoint
 from server.wire.chunks import Chunk
 from tests.upstream.conftest import KEY, until
-from tests.upstream.recording import Recording
+from tests.upstream.recording import ASKED, Recording
 from tests.upstream_sim import Call, Script, ScriptedUpstream, answer, chunk
 
 
@@ -42,7 +43,7 @@ class Asked(Recording):
         self._endpoint = Endpoint(upstream.base_url + path, "asked", KEY)
 
     async def run(self) -> Asked:
-        await self._client.ask(self._endpoint, b"{}", self)
+        await self._client.ask(self._endpoint, ASKED, self)
         return self
 
     async def failure(self) -> AttemptFailed:
@@ -123,7 +124,7 @@ async def test_what_is_sent(client: UpstreamClient, upstream: ScriptedUpstream, 
     await Asked(client, upstream, path).run()
     (call,) = upstream.calls
     assert (call.method, call.path) == ("POST", "/v1/chat/completions")
-    assert call.body == b"{}"
+    assert call.body == ASKED.encode("asked")
     assert call.headers["Content-Type"] == "application/json"
     assert call.headers["Accept"] == "text/event-stream"
     assert call.headers["Accept-Encoding"] == "identity", "a compressor holds tokens back"
@@ -132,7 +133,7 @@ async def test_what_is_sent(client: UpstreamClient, upstream: ScriptedUpstream, 
 
 
 async def test_without_a_key_no_authorization_is_sent(client: UpstreamClient, upstream: ScriptedUpstream) -> None:
-    await client.ask(Endpoint(upstream.base_url, "asked"), b"{}", Recording())
+    await client.ask(Endpoint(upstream.base_url, "asked"), ASKED, Recording())
     assert "Authorization" not in upstream.calls[0].headers
 
 
@@ -146,7 +147,7 @@ async def test_an_endpoints_cookies_are_not_sent_back(client: UpstreamClient, up
     upstream.script = script
     endpoint = Endpoint(upstream.base_url.replace("127.0.0.1", "localhost"), "asked")  # an address has no cookies
     for _ in range(2):
-        await client.ask(endpoint, b"{}", Recording())
+        await client.ask(endpoint, ASKED, Recording())
     assert "Cookie" not in upstream.calls[1].headers
 
 
@@ -252,7 +253,7 @@ async def test_a_fast_endpoint_leaves_other_streams_their_turn(
         def take(self, chunks: Sequence[Chunk]) -> None:
             handed_on.append((turn, len(chunks)))
 
-        def take_texts(self, texts: Sequence[bytes]) -> None:
+        def take_texts(self, texts: Sequence[bytes], wire: bytes) -> None:
             handed_on.append((turn, len(texts)))
 
     async def turning() -> None:
@@ -270,7 +271,7 @@ async def test_a_fast_endpoint_leaves_other_streams_their_turn(
     upstream.script = script
     others = asyncio.create_task(turning())
     endpoint = Endpoint(upstream.base_url, "asked")
-    await client.ask(endpoint, b"{}", Noting())
+    await client.ask(endpoint, ASKED, Noting())
     others.cancel()
     # Two, where the last piece of one read meets the first of the next.
     assert max(Counter(turn for turn, _ in handed_on).values()) <= 2
@@ -327,7 +328,7 @@ async def test_tokens_that_arrive_with_a_break_while_others_are_parsed_are_not_l
 
     upstream.script = script
     with pytest.raises(AttemptFailed):
-        await client.ask(Endpoint(upstream.base_url, "asked"), b"{}", heard)
+        await client.ask(Endpoint(upstream.base_url, "asked"), ASKED, heard)
     assert heard.texts == ["Hel", "lo"]
 
 
@@ -349,7 +350,7 @@ async def test_a_broken_framing_is_noticed_in_whatever_turn_of_the_parser_it_com
     upstream.script = script
     with pytest.raises(AttemptFailed) as caught:
         async with asyncio.timeout(5):
-            await client.ask(Endpoint(upstream.base_url, "asked"), b"{}", heard)
+            await client.ask(Endpoint(upstream.base_url, "asked"), ASKED, heard)
     assert caught.value.error.code == "upstream_incomplete"
 
 
@@ -536,7 +537,7 @@ async def test_an_error_of_the_sinks_closes_the_request_too(client: UpstreamClie
 
     upstream.script = before_the_first_token
     with pytest.raises(Full):
-        await client.ask(Endpoint(upstream.base_url, "asked"), b"{}", Refusing())
+        await client.ask(Endpoint(upstream.base_url, "asked"), ASKED, Refusing())
     async with asyncio.timeout(2):
         await upstream.calls[0].gone()
 

@@ -16,11 +16,12 @@ from aiohttp.client_proto import ResponseHandler
 from server.upstream import direct
 from server.upstream.attempt import AttemptFailed
 from server.upstream.body import read_body
-from server.upstream.client import Endpoint, UpstreamClient
+from server.upstream.client import UpstreamClient
 from server.upstream.direct import DirectConnection
+from server.upstream.endpoint import Endpoint
 from server.wire.chunks import Chunk
 from tests.upstream.conftest import until
-from tests.upstream.recording import Recording
+from tests.upstream.recording import ASKED, Recording
 from tests.upstream_sim import Call, ScriptedUpstream, answer, chunk
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -72,7 +73,7 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> Ways:
 async def ask(client: UpstreamClient, upstream: ScriptedUpstream, sink: Recording | None = None) -> Recording:
     sink = sink or Recording()
     async with asyncio.timeout(10):
-        await client.ask(Endpoint(upstream.base_url, "asked"), b"{}", sink)
+        await client.ask(Endpoint(upstream.base_url, "asked"), ASKED, sink)
     return sink
 
 
@@ -265,8 +266,8 @@ async def test_much_that_comes_at_once_is_taken_in_pieces(
             super().take(chunks)
             handed_on.append((turn, len(chunks)))
 
-        def take_texts(self, texts: Sequence[bytes]) -> None:
-            super().take_texts(texts)
+        def take_texts(self, texts: Sequence[bytes], wire: bytes) -> None:
+            super().take_texts(texts, wire)
             handed_on.append((turn, len(texts)))
 
     async def turning() -> None:

@@ -133,7 +133,7 @@ def took(at_least: float = 0.0, at_most: float = 4.0) -> Iterator[None]:
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of whether a further try follows, not of when."""
-    monkeypatch.setattr("server.upstream.route._FIRST_DELAY", 0.02)
+    monkeypatch.setattr("server.upstream.retry._FIRST_DELAY", 0.02)
 
 
 # ---- U1 to U6: the connection

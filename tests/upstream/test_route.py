@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from server.errors import UpstreamError, UpstreamIncomplete, UpstreamRejected, UpstreamTimeout, UpstreamUnreachable
 from server.upstream.attempt import AttemptFailed
-from server.upstream.client import Endpoint, UpstreamClient
-from server.upstream.route import UpstreamRoute, backoff
-from server.wire.chat import ChatRequest
+from server.upstream.client import UpstreamClient, UpstreamRequest
+from server.upstream.endpoint import Endpoint
+from server.upstream.retry import backoff
+from server.upstream.route import UpstreamRoute
 from server.wire.chunks import Chunk, ChunkSink, Delta, DeltaKind
-from tests.upstream.recording import Recording
+from tests.upstream.recording import ASKED, Recording
 
-REQUEST = ChatRequest(messages=(("user", "hi"),), max_tokens=5, temperature=0.5)
 TOKEN = Chunk((Delta(DeltaKind.CONTENT, "x"),))
 STOP = Chunk(finish_reason="stop")
 
@@ -36,9 +36,9 @@ class FakeClient:
         self.cancelled = 0
         self.bodies: list[bytes] = []
 
-    async def ask(self, endpoint: Endpoint, body: bytes, sink: ChunkSink) -> None:
+    async def ask(self, endpoint: Endpoint, asked: UpstreamRequest, sink: ChunkSink) -> None:
         self.asked += 1
-        self.bodies.append(body)
+        self.bodies.append(asked.encode(endpoint.model))
         attempt = self._attempts.pop(0) if len(self._attempts) > 1 else self._attempts[0]
         try:
             await attempt(sink)
@@ -94,14 +94,14 @@ class Relayed:
         self.heard = Recording()
         self._route = UpstreamRoute(
             cast("UpstreamClient", self.client),
-            Endpoint("http://upstream/v1", "asked"),
+            [Endpoint("http://upstream/v1", "asked")],
             first_token_timeout=first_token_timeout,
             idle_timeout=idle_timeout,
             retries=retries,
         )
 
     async def run(self) -> None:
-        await self._route.relay(REQUEST, self.heard)
+        await self._route.relay(ASKED, self.heard)
 
 
 @pytest.fixture

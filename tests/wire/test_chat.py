@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import InvalidRequest
-from server.wire.chat import ChatRequest, PostedChat, PostedMessage, decode_posted_chat, encode_chat_request
+from server.wire.chat import ChatRequest, PostedChat, PostedMessage, decode_posted_chat
 
 MAX_CHARS = 100
 
@@ -30,7 +30,7 @@ def refused(body: bytes) -> str:
 
 def test_the_request_is_streamed_bounded_and_asks_for_usage() -> None:
     request = ChatRequest(messages=(("system", "be brief"), ("user", "why? \u2028 😀")), max_tokens=8, temperature=0.5)
-    assert json.loads(encode_chat_request(request, "m")) == {
+    assert json.loads(request.encode("m")) == {
         "model": "m",
         "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "why? \u2028 😀"}],
         "stream": True,

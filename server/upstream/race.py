@@ -1,0 +1,101 @@
+"""Two upstreams at once: where the first is slow to speak, the next is asked too, and the first to speak is relayed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from typing import Any
+
+from server.errors import UpstreamUnreachable
+from server.upstream.attempt import AttemptFailed
+from server.upstream.circuit import Permit
+from server.upstream.endpoint import Upstream
+from server.upstream.progress import Progress
+from server.upstream.retry import RetryBudget
+from server.wire.chunks import ChunkSink
+
+__all__ = ["Ask", "Race", "all_left_out"]
+
+Ask = Callable[[Upstream, Permit, Progress], Coroutine[Any, Any, None]]  # raises AttemptFailed
+
+
+def all_left_out() -> AttemptFailed:
+    """There is nobody to be asked at the moment."""
+    return AttemptFailed(UpstreamUnreachable(), "left out")
+
+
+class Race:
+    """One answer, for which at most two upstreams are asked at a time (``SLUICE_HEDGE_AFTER``).
+
+    The next one is asked when the one that runs alone has not spoken for ``hedge_after`` (s), at the cost of one from
+    ``budget``, or at once when it has failed. Each runs in a task of its own; none outlives :meth:`run`.
+    """
+
+    def __init__(self, hedge_after: float | None, budget: RetryBudget, sink: ChunkSink) -> None:
+        self._hedge_after = hedge_after
+        self._budget = budget
+        self._sink = sink
+        self._running: dict[asyncio.Task[None], Progress] = {}
+        self._winner: Progress | None = None
+
+    async def run(self, upstreams: Iterable[Upstream], ask: Ask) -> None:
+        """Relay the answer of whoever speaks first. Raises AttemptFailed: the last one, if all fail."""
+        waiting = iter(upstreams)
+        try:
+            if not self._start_next(waiting, ask):
+                raise all_left_out()
+            while True:
+                alone = self._winner is None and len(self._running) == 1
+                done, _ = await asyncio.wait(
+                    self._running,
+                    timeout=self._hedge_after if alone else None,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if not done and self._winner is None and not (self._budget.take() and self._start_next(waiting, ask)):
+                    self._hedge_after = None
+                for task in done:
+                    if self._is_over(task):
+                        return
+                    if not self._running and not self._start_next(waiting, ask):
+                        task.result()  # raises what it came to
+        finally:
+            await self._stop()
+
+    def _start_next(self, waiting: Iterator[Upstream], ask: Ask) -> bool:
+        """Ask the next upstream that is not left out; false where there is none."""
+        for upstream in waiting:
+            permit = upstream.circuit.enter()
+            if permit is not None:
+                progress = Progress(self._sink, self._claim)
+                self._running[asyncio.create_task(ask(upstream, permit, progress), name="upstream")] = progress
+                return True
+        return False
+
+    def _claim(self, progress: Progress) -> bool:
+        """Somebody speaks: the first one is relayed, and the others are closed."""
+        if self._winner is not None:
+            return False
+        self._winner = progress
+        for task, other in self._running.items():
+            if other is not progress:
+                task.cancel()
+        return True
+
+    def _is_over(self, task: asyncio.Task[None]) -> bool:
+        """Whether the answer has its end with that task's. Raises AttemptFailed where no other may do better."""
+        progress = self._running.pop(task)
+        if task.cancelled():  # it was too late
+            return False
+        failure = task.exception()
+        if self._winner is None and isinstance(failure, AttemptFailed) and failure.elsewhere:
+            return False
+        if self._winner not in (None, progress):
+            return False
+        task.result()
+        return True
+
+    async def _stop(self) -> None:
+        """Close what still runs."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
