@@ -12,8 +12,21 @@ from aiohttp.typedefs import Handler
 
 from server.api import direct_write
 from server.api.admin import add_admin_routes
+from server.api.aisdk import chat, resume_chat, stop_chat
 from server.api.browser import ask, create_stream, stop_stream, view_stream
-from server.api.keys import BUCKETS, CONNECTIONS, DESK, FAST_PATH, LLM_TOKENS, REQUEST_ID, SENT_STATUS, SETTINGS
+from server.api.keys import (
+    BUCKETS,
+    CHATS,
+    CONNECTIONS,
+    DESK,
+    FAST_PATH,
+    LLM_TOKENS,
+    REQUEST_ID,
+    SENT_STATUS,
+    SETTINGS,
+    UPSTREAM_REQUEST_ID,
+    Chats,
+)
 from server.api.middleware.checks import checking
 from server.api.middleware.client_address import find_client
 from server.api.middleware.errors import answer_errors
@@ -29,6 +42,7 @@ from server.api.middleware.origin import (
 from server.api.middleware.rate_limit import limit_rate, rate_limit_headers
 from server.api.middleware.request_id import name_request
 from server.api.middleware.request_log import log_request
+from server.api.openai import complete, list_models, show_model
 from server.api.page import PublicFiles
 from server.connections import Connections
 from server.errors import MethodNotAllowed, NotFound
@@ -76,6 +90,7 @@ def create_app(
         app[BUCKETS] = TokenBuckets(settings.rate_limit)
     if settings.token_limit is not None:
         app[LLM_TOKENS] = TokenBuckets(settings.token_limit)
+    app[CHATS] = Chats()
     app.cleanup_ctx.append(_open_relay)
     app.on_response_prepare.append(_stamp)
     _add_api(app, settings)
@@ -134,6 +149,12 @@ def _add_api(app: web.Application, settings: Settings) -> None:
     add("/api/stream", GET=ask)
     add("/api/streams", POST=create_stream)
     add("/api/streams/{id}", GET=view_stream, DELETE=stop_stream)
+    add("/api/chat", POST=chat)
+    add("/api/chat/{id}/stream", GET=resume_chat)
+    add("/api/chat/{id}/stop", POST=stop_chat)
+    add("/v1/chat/completions", POST=complete)
+    add("/v1/models", GET=list_models)
+    add("/v1/models/{model:.+}", GET=show_model)
     for prefix in API_PREFIXES:
         add(prefix + "{path:.*}")  # so that a page of a listed origin can read even that there is nothing here
 
@@ -143,7 +164,7 @@ def _cors_of(settings: Settings, methods: tuple[str, ...]) -> dict[str, aiohttp_
     options = aiohttp_cors.ResourceOptions(  # type: ignore[no-untyped-call]
         allow_credentials="*" not in settings.cors_origins,  # never both: that would be every site's login
         expose_headers=EXPOSED_HEADERS,
-        allow_headers=("Content-Type", "Last-Event-ID", "Authorization", "X-Request-ID"),
+        allow_headers="*",  # whatever a library adds: openai's SDK a dozen of its own
         allow_methods=methods,
         max_age=_PREFLIGHT_MAX_AGE,
     )
@@ -162,7 +183,7 @@ async def _stamp(request: web.Request, response: web.StreamResponse) -> None:
     """The headers that every answer carries; called as its head is about to go out."""
     request[SENT_STATUS] = response.status
     if REQUEST_ID in request:  # not where an expectation failed: aiohttp refuses that before any middleware
-        response.headers["X-Request-ID"] = request[REQUEST_ID]
+        response.headers["X-Request-ID"] = request.get(UPSTREAM_REQUEST_ID) or request[REQUEST_ID]
     response.headers["X-Content-Type-Options"] = "nosniff"
     if is_api(request):
         response.headers["Vary"] = "Origin"

@@ -73,7 +73,7 @@ class RelayError(Exception):
     """What can go wrong with a request for an answer. ``str()`` is the text that the client reads."""
 
     code: str = "internal_error"
-    status: ClassVar[int] = 500  # where it can still be told by a status
+    status: int = 500  # where it can still be told by a status
     retryable: bool = True
     message: ClassVar[str] = "Something went wrong on our side."
 

@@ -7,6 +7,7 @@ import fcntl
 import socket
 import struct
 import termios
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from aiohttp import web
@@ -17,7 +18,7 @@ from server.api.direct_write import DirectWriter, HeadWithFirstEvent
 from server.api.keys import FAST_PATH
 from server.relay.desk import Desk, Stream
 
-__all__ = ["show", "show_events"]
+__all__ = ["ResponseConnection", "show", "show_events"]
 
 _HEADERS: Final = CIMultiDict(
     {
@@ -31,12 +32,29 @@ _HEADERS: Final = CIMultiDict(
 _RST_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # struct linger: on, for 0 s (socket(7))
 
 
-async def show(request: web.Request, desk: Desk, stream: Stream, *, after: int | None = None) -> web.StreamResponse:
-    """Stream the answer to the client until its end, or until the client leaves; from behind event ``after`` on."""
+async def show(
+    request: web.Request,
+    desk: Desk,
+    stream: Stream,
+    *,
+    after: int | None = None,
+    may_return: bool | None = None,
+    headers: Mapping[str, str] | None = None,
+    ready: Callable[[], Awaitable[None]] | None = None,
+) -> web.StreamResponse:
+    """Stream the answer to the client until its end, or until the client leaves; from behind event ``after`` on.
+
+    ``may_return``: whether the client can come back, where that is not for its request to say; ``headers`` go out
+    beside the usual ones. ``ready`` is waited for before anything is sent, and what it raises is raised.
+    """
     direct = request.app[FAST_PATH] and request.version >= (1, 1)
     response = _event_stream(request, HeadWithFirstEvent if direct else web.StreamResponse)
-    connection = _ResponseConnection(request, response)
-    with desk.viewing(stream, connection, after=after, may_return=_can_resume(request)) as viewer:
+    response.headers.update(headers or {})
+    connection = ResponseConnection(request, response)
+    returns = _can_resume(request) if may_return is None else may_return
+    with desk.viewing(stream, connection, after=after, may_return=returns) as viewer:
+        if ready is not None:
+            await ready()
         try:
             # 200 goes out before the upstream has answered: a slow first token is no failure.
             writer = await response.prepare(request)
@@ -79,7 +97,7 @@ def _can_resume(request: web.Request) -> bool:
     return any(media.partition(";")[0].strip().lower() == "text/event-stream" for media in ranges)
 
 
-class _ResponseConnection:
+class ResponseConnection:
     """The ``Connection`` of server/relay/viewer.py over an aiohttp response."""
 
     __slots__ = ("_direct", "_request", "_response")

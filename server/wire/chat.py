@@ -11,9 +11,18 @@ import msgspec
 
 from server.errors import InvalidRequest
 
-__all__ = ["ChatRequest", "Content", "PostedChat", "PostedMessage", "decode_posted_chat", "invalid_body"]
+__all__ = [
+    "MAX_MESSAGES",
+    "ChatRequest",
+    "Content",
+    "PostedChat",
+    "PostedMessage",
+    "check_text",
+    "decode_posted_chat",
+    "invalid_body",
+]
 
-_MAX_MESSAGES: Final = 1000  # of one conversation; a body of 1 MiB could hold 30,000
+MAX_MESSAGES: Final = 1000  # of one conversation; a body of 1 MiB could hold 30,000
 _MAX_ECHO: Final = 200  # characters of a client's own words in what it is told
 
 _encoder = msgspec.json.Encoder()
@@ -30,7 +39,7 @@ class PostedMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class PostedChat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of ``POST /api/streams`` (contract, section 4). What is null or absent is the server's to choose."""
 
-    messages: Annotated[tuple[PostedMessage, ...], msgspec.Meta(min_length=1, max_length=_MAX_MESSAGES)]
+    messages: Annotated[tuple[PostedMessage, ...], msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
     model: str | None = None
@@ -52,14 +61,20 @@ def decode_posted_chat(body: bytes, *, max_chars: int) -> PostedChat:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise invalid_body(exc, body) from None
     for place, message in enumerate(chat.messages):
-        where = f"messages[{place}].content"
-        if len(message.content) > max_chars:
-            raise _invalid(f"{where} has {len(message.content)} characters; it may have at most {max_chars}")
-        if "\0" in message.content:
-            raise _invalid(f"{where} holds a NUL character")
-        if message.role == "user" and not message.content.strip():
-            raise _invalid(f"{where} is empty")
+        check_text(
+            f"messages[{place}].content", message.content, max_chars=max_chars, may_be_blank=message.role != "user"
+        )
     return chat
+
+
+def check_text(where: str, text: str, *, max_chars: int, may_be_blank: bool) -> None:
+    """Return if ``text`` may stand in a conversation. Raises InvalidRequest, which says ``where`` it does not."""
+    if len(text) > max_chars:
+        raise _invalid(f"{where} has {len(text)} characters; it may have at most {max_chars}")
+    if "\0" in text:
+        raise _invalid(f"{where} holds a NUL character")
+    if not may_be_blank and not text.strip():
+        raise _invalid(f"{where} is empty")
 
 
 def _refuse_twice(pairs: list[tuple[str, Any]]) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from typing import Final
 
 import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from server.api.keys import SENT_STATUS
-from server.errors import InternalError, MethodNotAllowed, NotFound, Refused, RelayError
+from server.api.keys import SENT_STATUS, UPSTREAM_REQUEST_ID
+from server.errors import InternalError, MethodNotAllowed, NotFound, Refused, RelayError, Said, UpstreamFailed
+from server.wire.completion import encode_openai_error
 
 __all__ = ["answer_errors", "as_response"]
+
+_OURS: Final = frozenset({401, 403})  # statuses that are about the server's key, and none of the client's business
+
+_ASKED_AGAIN: Final = frozenset({408, 409, 429})  # by OpenAI's SDKs, beside all of 5xx
 
 _log = logging.getLogger("sluice.request")
 
@@ -21,8 +28,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     """Turn what the handler raises into a JSON answer, as long as no head has been sent."""
     try:
         return await handler(request)
-    except Refused as refusal:
-        return as_response(refusal, refusal.status)
+    except RelayError as error:
+        return as_response(request, error)
     except web.HTTPException as exc:
         return _translate(request, exc)
     except Exception:
@@ -30,13 +37,18 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         if SENT_STATUS in request and request.transport is not None:
             # A cut response must not look like a whole one. What is returned below finds the connection closed.
             request.transport.abort()
-        return as_response(InternalError(), 500)
+        return as_response(request, InternalError())
 
 
-def as_response(error: RelayError, status: int) -> web.Response:
-    """``{"error": CODE, "message": TEXT}`` with the headers that belong to the error."""
-    body = msgspec.json.encode({"error": error.code, "message": str(error)})
-    response = web.Response(status=status, body=body, content_type="application/json", charset="utf-8")
+def as_response(request: web.Request, error: RelayError) -> web.Response:
+    """The error in the language of the face that was asked, with the headers that belong to it."""
+    if request.path.startswith("/v1/"):
+        response = _as_openai(request, error)
+    elif request.path == "/api/chat" or request.path.startswith("/api/chat/"):
+        # The AI SDK shows the body to people, as it is.
+        response = web.Response(status=error.status, text=str(error))
+    else:
+        response = _as_json(error.status, msgspec.json.encode({"error": error.code, "message": str(error)}))
     response.headers["Cache-Control"] = "no-store"
     if isinstance(error, MethodNotAllowed):
         response.headers["Allow"] = error.allowed
@@ -45,14 +57,41 @@ def as_response(error: RelayError, status: int) -> web.Response:
     return response
 
 
+def _as_json(status: int, body: bytes) -> web.Response:
+    return web.Response(status=status, body=body, content_type="application/json", charset="utf-8")
+
+
+def _as_openai(request: web.Request, error: RelayError) -> web.Response:
+    """As OpenAI's clients know it: what the upstream itself said, but for what it said of our key; else our words."""
+    said = error.said if isinstance(error, UpstreamFailed) else None
+    if said is not None and said.request_id is not None:
+        request[UPSTREAM_REQUEST_ID] = said.request_id
+    if said is not None and 400 <= said.status <= 599 and said.status not in _OURS:
+        body = encode_openai_error(error, status=said.status) if said.error is None else _encode_said(said)
+        response = _as_json(said.status, body)
+        response.headers.update(said.headers)
+        return response
+    response = _as_json(error.status, encode_openai_error(error))
+    if not error.retryable and (error.status >= 500 or error.status in _ASKED_AGAIN):
+        response.headers["X-Should-Retry"] = "false"
+    return response
+
+
+def _encode_said(said: Said) -> bytes:
+    try:
+        return msgspec.json.encode({"error": said.error})
+    except UnicodeEncodeError:  # half a surrogate pair, which only an escape can hold
+        return json.dumps({"error": said.error}).encode("ascii")
+
+
 def _translate(request: web.Request, exc: web.HTTPException) -> web.Response:
     """aiohttp's own refusals (no such path, no such method …) in our words. A failed expectation is not among them: it
     is refused before any middleware."""
     if isinstance(exc, web.HTTPMethodNotAllowed):
-        refusal: Refused = MethodNotAllowed(request.method, frozenset(exc.allowed_methods))
-        return as_response(refusal, refusal.status)
+        return as_response(request, MethodNotAllowed(request.method, frozenset(exc.allowed_methods)))
     if isinstance(exc, web.HTTPNotFound):
-        return as_response(NotFound(), 404)
+        return as_response(request, NotFound())
     error = RelayError(exc.reason)
+    error.status = exc.status
     error.code = exc.reason.lower().replace(" ", "_").replace("-", "_")
-    return as_response(error, exc.status)
+    return as_response(request, error)

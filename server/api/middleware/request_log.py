@@ -8,7 +8,7 @@ import time
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from server.api.keys import CLIENT, REQUEST_ID, SENT_STATUS
+from server.api.keys import CLIENT, REQUEST_ID, SENT_STATUS, UPSTREAM_REQUEST_ID
 from server.logs import log_event
 
 __all__ = ["log_request"]
@@ -37,5 +37,6 @@ async def log_request(request: web.Request, handler: Handler) -> web.StreamRespo
             status=request.get(SENT_STATUS) or status or _CLIENT_CLOSED_REQUEST,
             client=request.get(CLIENT),
             request_id=request.get(REQUEST_ID),
+            **({"upstream_request_id": upstream} if (upstream := request.get(UPSTREAM_REQUEST_ID)) else {}),
             duration_ms=round((time.monotonic() - began_at) * 1000),
         )
