@@ -22,6 +22,7 @@ from server.api.keys import (
     FAST_PATH,
     LLM_TOKENS,
     REQUEST_ID,
+    ROUTE,
     SENT_STATUS,
     SETTINGS,
     UPSTREAM_REQUEST_ID,
@@ -99,10 +100,10 @@ def create_app(
     return app
 
 
-def create_admin_app(desk: Desk) -> web.Application:
+def create_admin_app(desk: Desk, route: UpstreamRoute) -> web.Application:
     """The admin application: never for the public, so it needs none of the public one's guards."""
     app = web.Application()
-    add_admin_routes(app, desk)
+    add_admin_routes(app, desk, route)
     return app
 
 
@@ -118,6 +119,7 @@ async def _open_relay(app: web.Application) -> AsyncIterator[None]:
             retries=settings.retries,
             hedge_after=settings.hedge_after,
         )
+        app[ROUTE] = route
         app[DESK] = Desk(route, settings)
         yield
         await app[DESK].close()

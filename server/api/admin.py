@@ -5,18 +5,23 @@ from __future__ import annotations
 from aiohttp import web
 
 from server.relay.desk import Desk
+from server.upstream.route import UpstreamRoute
 
 __all__ = ["add_admin_routes"]
 
 
-def add_admin_routes(app: web.Application, desk: Desk) -> None:
+def add_admin_routes(app: web.Application, desk: Desk, route: UpstreamRoute) -> None:
     """``/healthz`` and ``/readyz`` (contract, section 7)."""
 
     async def healthz(request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
 
     async def readyz(request: web.Request) -> web.Response:
-        reasons = ["draining"] if desk.draining else []
+        reasons = []
+        if desk.draining:
+            reasons.append("draining")
+        if route.closed_to_all:
+            reasons.append("every_upstream_fails")
         status = "unready" if reasons else "ready"
         return web.json_response({"status": status, "reasons": reasons}, status=503 if reasons else 200)
 

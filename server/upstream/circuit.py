@@ -38,6 +38,7 @@ class Circuit:
         self._open = False
         self._probes_from = 0.0  # s of the clock, while it is open
         self._probe: Permit | None = None  # the one that is out
+        self._openings = 0
         self._in_a_row = 0
         self._counts: deque[_Slice] = deque()  # of the window, the oldest first
 
@@ -50,16 +51,16 @@ class Circuit:
     def enter(self) -> Permit | None:
         """Leave to send one request; None while the upstream is left out. Each permit is to be settled."""
         if not self._open:
-            return Permit(self)
+            return Permit(self, self._openings)
         if self._probe is not None or self._clock() < self._probes_from:
             return None
-        self._probe = Permit(self)
+        self._probe = Permit(self, self._openings)
         return self._probe
 
-    def _settle(self, permit: Permit, ok: bool | None) -> None:
+    def _settle(self, openings: int, ok: bool | None) -> None:
+        if openings != self._openings:
+            return  # asked before it opened: that says nothing about now, nor when it has closed again
         if self._open:
-            if permit is not self._probe:
-                return  # asked before it opened: that says nothing about now
             self._probe = None
             if ok:
                 self._open = False
@@ -69,8 +70,9 @@ class Circuit:
                 self._probes_from = self._clock() + _PAUSE
         elif ok is not None:
             self._count(ok)
-            if self._in_a_row >= _IN_A_ROW or self._fails_too_often():
+            if not ok and (self._in_a_row >= _IN_A_ROW or self._fails_too_often()):
                 self._open = True
+                self._openings += 1
                 self._probes_from = self._clock() + _PAUSE
 
     def _count(self, ok: bool) -> None:
@@ -91,10 +93,11 @@ class Circuit:
 class Permit:
     """Leave for one request. What became of it is said once; what is said later does not count."""
 
-    __slots__ = ("_circuit",)
+    __slots__ = ("_circuit", "_openings")
 
-    def __init__(self, circuit: Circuit) -> None:
+    def __init__(self, circuit: Circuit, openings: int) -> None:
         self._circuit: Circuit | None = circuit
+        self._openings = openings  # of the circuit's before it was given
 
     def succeeded(self) -> None:
         """The upstream answers."""
@@ -114,7 +117,7 @@ class Permit:
     def _settle(self, ok: bool | None) -> None:
         circuit, self._circuit = self._circuit, None
         if circuit is not None:
-            circuit._settle(self, ok)
+            circuit._settle(self._openings, ok)
 
 
 class _Slice:

@@ -80,3 +80,22 @@ async def test_port_0_switches_it_off(launch: Launch, upstream: ScriptedUpstream
     sluice = await launch(LLM_BASE_URL=upstream.base_url, SLUICE_ADMIN_PORT="0")
     assert sluice.admin_url == ""
     assert "admin_url" not in sluice.events("listening")[0]
+
+
+async def test_a_process_whose_upstreams_all_fail_is_not_ready(
+    launch: Launch, upstream: ScriptedUpstream, connect: Connect
+) -> None:
+    """``/readyz`` is 503 when every upstream's circuit is open; the next probe is traffic's to make, so not for ever."""
+
+    async def script(call: Call) -> None:
+        await call.refuse(503)
+
+    upstream.script = script
+    sluice = await launch(LLM_BASE_URL=upstream.base_url, SLUICE_RETRIES="0", SLUICE_RATE_LIMIT="off")
+    for _ in range(5):
+        async with open_stream(sluice.url) as stream:
+            await stream.read_all()
+    ready = await _admin(connect, sluice, "/readyz")
+    assert ready.status == 503
+    assert ready.json == {"status": "unready", "reasons": ["every_upstream_fails"]}
+    assert len(sluice.events("circuit_open")) == 1
