@@ -59,6 +59,7 @@ __all__ = ["create_admin_app", "create_app", "fast_path_works"]
 
 _PUBLIC: Final = Path(__file__).resolve().parent.parent / "public"
 _MAX_BODY: Final = 1 << 20  # bytes of a request's body
+_REQUEST_HEADERS: Final = ("Content-Type", "Last-Event-ID", "Authorization", "X-Request-ID")  # of pages elsewhere
 _PREFLIGHT_MAX_AGE: Final = 600  # s
 
 
@@ -145,7 +146,7 @@ def _add_api(app: web.Application, settings: Settings) -> None:
         # By add_route, not add_get: that would answer HEAD too, and run the handler for it.
         for method, handler in handlers.items():
             resource.add_route(method, handler)
-        cors.add(resource, _cors_of(settings, tuple(handlers)))
+        cors.add(resource, _cors_of(settings, path, tuple(handlers)))
         resource.add_route("*", _refuse_method if handlers else _refuse_path)
 
     add("/api/stream", GET=ask)
@@ -161,12 +162,13 @@ def _add_api(app: web.Application, settings: Settings) -> None:
         add(prefix + "{path:.*}")  # so that a page of a listed origin can read even that there is nothing here
 
 
-def _cors_of(settings: Settings, methods: tuple[str, ...]) -> dict[str, aiohttp_cors.ResourceOptions]:
+def _cors_of(settings: Settings, path: str, methods: tuple[str, ...]) -> dict[str, aiohttp_cors.ResourceOptions]:
     """What pages of each listed origin may do with a resource."""
     options = aiohttp_cors.ResourceOptions(  # type: ignore[no-untyped-call]
         allow_credentials="*" not in settings.cors_origins,  # never both: that would be every site's login
         expose_headers=EXPOSED_HEADERS,
-        allow_headers="*",  # whatever a library adds: openai's SDK a dozen of its own
+        # OpenAI's SDK adds a dozen of its own, others with each version.
+        allow_headers="*" if path.startswith("/v1/") else _REQUEST_HEADERS,
         allow_methods=methods,
         max_age=_PREFLIGHT_MAX_AGE,
     )

@@ -293,7 +293,7 @@ async def test_the_page_itself_is_for_everyone(serve: Serve, connect: Connect) -
     assert _cors_headers(response) == set()
 
 
-@pytest.mark.parametrize("path", ["/api/nothing", "/v1/models"])
+@pytest.mark.parametrize("path", ["/api/nothing", "/v1/nothing"])
 @pytest.mark.parametrize("method", ["GET", "OPTIONS", "DELETE"])
 async def test_a_listed_page_may_read_that_there_is_nothing(serve: Serve, path: str, method: str) -> None:
     """Section 3: CORS headers stand on every answer under /api and /v1, refusals too."""
@@ -303,7 +303,7 @@ async def test_a_listed_page_may_read_that_there_is_nothing(serve: Serve, path: 
         session.request(method, server.url + path, headers={"Origin": "https://page.example"}) as response,
     ):
         assert response.status == 404
-        assert (await response.json())["error"] == "not_found"
+        assert "not_found" in str((await response.json())["error"])
         assert response.headers["Access-Control-Allow-Origin"] == "https://page.example"
 
 
