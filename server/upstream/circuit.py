@@ -37,8 +37,8 @@ class Circuit:
         self._clock = clock
         self._open = False
         self._probes_from = 0.0  # s of the clock, while it is open
-        self._probe: Permit | None = None  # the one that is out
-        self._openings = 0
+        self._probing = False  # a probe is out
+        self._openings = 0  # so far
         self._in_a_row = 0
         self._counts: deque[_Slice] = deque()  # of the window, the oldest first
 
@@ -52,16 +52,16 @@ class Circuit:
         """Leave to send one request; None while the upstream is left out. Each permit is to be settled."""
         if not self._open:
             return Permit(self, self._openings)
-        if self._probe is not None or self._clock() < self._probes_from:
+        if self._probing or self._clock() < self._probes_from:
             return None
-        self._probe = Permit(self, self._openings)
-        return self._probe
+        self._probing = True
+        return Permit(self, self._openings)
 
     def _settle(self, openings: int, ok: bool | None) -> None:
         if openings != self._openings:
             return  # asked before it opened: that says nothing about now, nor when it has closed again
         if self._open:
-            self._probe = None
+            self._probing = False
             if ok:
                 self._open = False
                 self._in_a_row = 0
