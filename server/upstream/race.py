@@ -66,10 +66,17 @@ class Race:
         for upstream in waiting:
             permit = upstream.circuit.enter()
             if permit is not None:
-                progress = Progress(self._sink, self._claim)
-                self._running[asyncio.create_task(ask(upstream, permit, progress), name="upstream")] = progress
+                self._start(upstream, permit, ask)
                 return True
         return False
+
+    def _start(self, upstream: Upstream, permit: Permit, ask: Ask) -> None:
+        progress = Progress(self._sink, self._claim)
+        task = asyncio.create_task(ask(upstream, permit, progress), name="upstream")
+        # Where it is cancelled before its first step, nobody else would give the permit back: were it that of a probe,
+        # the upstream would be left out for ever.
+        task.add_done_callback(lambda _: permit.withdrawn())
+        self._running[task] = progress
 
     def _claim(self, progress: Progress) -> bool:
         """Somebody speaks: the first one is relayed, and the others are closed."""
