@@ -19,6 +19,7 @@ __all__ = [
     "MODEL",
     "OUR_KEY",
     "QUESTION",
+    "REFUSAL",
     "REQUEST_ID",
     "SCHEMA",
     "STRUCTURED",
@@ -78,6 +79,11 @@ def greeting(*texts: str) -> Reply:
 
 
 GREETING = greeting("Hel", "lo, ", "wörld 😀", "\n\n", "data: [DONE]\n\n", "\u2028", '"\\')
+
+REFUSAL = Reply(
+    deltas=[{"content": None, "refusal": text} for text in ("I can", "not do that.")],
+    message={"role": "assistant", "content": None, "refusal": "I cannot do that."},
+)
 
 TOOL: Any = {
     "type": "function",

@@ -21,6 +21,7 @@ from tests.clients.openai_upstream import (
     MODEL,
     OUR_KEY,
     QUESTION,
+    REFUSAL,
     REQUEST_ID,
     SCHEMA,
     STRUCTURED,
@@ -134,6 +135,15 @@ async def test_structured_output_is_parsed_into_its_schema(
     asked = (await upstream.called()).json["response_format"]
     assert asked["type"] == "json_schema"
     assert asked["json_schema"]["strict"] is True
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_model_that_refuses_is_heard(serve: Serve, upstream: ScriptedUpstream, ask: Ask, stream: bool) -> None:
+    """What it says instead of the structured output stands in a field of its own."""
+    upstream.script = replies(REFUSAL)
+    seen = await ask(await serve(), how="helper", person=True, stream=stream)
+    assert "error" not in seen
+    assert seen["completion"]["choices"][0]["message"]["refusal"] == "I cannot do that."
 
 
 async def test_a_response_format_reaches_the_upstream_untouched(

@@ -23,6 +23,7 @@ from tests.clients.openai_upstream import (
     MODEL,
     OUR_KEY,
     QUESTION,
+    REFUSAL,
     REQUEST_ID,
     SCHEMA,
     STRUCTURED,
@@ -198,6 +199,22 @@ async def test_structured_output_is_parsed_into_its_model(
     asked = (await upstream.called()).json["response_format"]
     assert asked["type"] == "json_schema"
     assert asked["json_schema"]["strict"] is True
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_model_that_refuses_is_heard(
+    serve: Serve, upstream: ScriptedUpstream, client_of: ClientOf, stream: bool
+) -> None:
+    """What it says instead of the structured output stands in a field of its own."""
+    upstream.script = replies(REFUSAL)
+    completions = client_of(await serve()).chat.completions
+    if stream:
+        async with completions.stream(model=MODEL, messages=QUESTION, response_format=Person) as events:
+            completion = await events.get_final_completion()
+    else:
+        completion = await completions.parse(model=MODEL, messages=QUESTION, response_format=Person)
+    assert completion.choices[0].message.refusal == "I cannot do that."
+    assert completion.choices[0].message.parsed is None
 
 
 async def test_a_response_format_reaches_the_upstream_untouched(
