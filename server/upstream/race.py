@@ -37,6 +37,8 @@ class Race:
         self._sink = sink
         self._running: dict[asyncio.Task[None], Progress] = {}
         self._winner: Progress | None = None
+        self._final: AttemptFailed | None = None  # a failure after which nobody else is asked
+        self._over = False
 
     async def run(self, upstreams: Iterable[Upstream], ask: Ask) -> None:
         """Relay the answer of whoever speaks first. Raises AttemptFailed: the last one, if all fail."""
@@ -45,7 +47,7 @@ class Race:
             if not self._start_next(waiting, ask):
                 raise all_left_out()
             while True:
-                alone = self._winner is None and len(self._running) == 1
+                alone = self._winner is None and self._final is None and len(self._running) == 1
                 done, _ = await asyncio.wait(
                     self._running,
                     timeout=self._hedge_after if alone else None,
@@ -56,8 +58,8 @@ class Race:
                 for task in done:
                     if self._is_over(task):
                         return
-                    if not self._running and not self._start_next(waiting, ask):
-                        task.result()  # raises what it came to
+                    if not self._running and (self._final or not self._start_next(waiting, ask)):
+                        raise self._final or task.exception() or all_left_out()
         finally:
             await self._stop()
 
@@ -80,7 +82,7 @@ class Race:
 
     def _claim(self, progress: Progress) -> bool:
         """Somebody speaks: the first one is relayed, and the others are closed."""
-        if self._winner is not None:
+        if self._winner is not None or self._over:
             return False
         self._winner = progress
         for task, other in self._running.items():
@@ -89,12 +91,14 @@ class Race:
         return True
 
     def _is_over(self, task: asyncio.Task[None]) -> bool:
-        """Whether the answer has its end with that task's. Raises AttemptFailed where no other may do better."""
+        """Whether the answer has its end with that task's. Raises what the winner's came to."""
         progress = self._running.pop(task)
         if task.cancelled():  # it was too late
             return False
         failure = task.exception()
-        if self._winner is None and isinstance(failure, AttemptFailed) and failure.elsewhere:
+        if self._winner is None and isinstance(failure, AttemptFailed):
+            if not failure.elsewhere:
+                self._final = self._final or failure
             return False
         if self._winner not in (None, progress):
             return False
@@ -102,7 +106,8 @@ class Race:
         return True
 
     async def _stop(self) -> None:
-        """Close what still runs."""
+        """Close what still runs; who speaks only now is not relayed behind a failure."""
+        self._over = True
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)

@@ -354,6 +354,14 @@ def test_a_failure_that_no_other_may_mend_ends_it_at_once(who: str) -> None:
     assert heat.lanes[2].asked_at is None
 
 
+def test_what_is_said_behind_the_failure_that_ended_it_is_not_handed_on() -> None:
+    """One end, and nothing behind it: what the other says while it is closed comes too late."""
+    failed = failing(UpstreamRejected(), after=0.5, elsewhere=False)
+    heat = Heat(stubborn("late"), failed).run()
+    assert isinstance(heat.failure, UpstreamRejected)
+    assert heat.heard.begun == heat.heard.texts == []
+
+
 def test_a_winner_that_breaks_off_is_not_followed_by_another() -> None:
     """SLUICE_RETRIES: before the first token; later another answer would say things twice."""
     heat = Heat(silent, failing(UpstreamIncomplete(), after=2.0, said="half"), speaking("c")).run()
