@@ -9,14 +9,11 @@ from collections.abc import Awaitable, Callable
 from typing import cast
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from server.errors import UpstreamError, UpstreamIncomplete, UpstreamRejected, UpstreamTimeout, UpstreamUnreachable
 from server.upstream.attempt import AttemptFailed
 from server.upstream.client import UpstreamClient, UpstreamRequest
 from server.upstream.endpoint import Endpoint
-from server.upstream.retry import backoff
 from server.upstream.route import UpstreamRoute
 from server.wire.chunks import Chunk, ChunkSink, Delta, DeltaKind
 from tests.upstream.recording import ASKED, Recording
@@ -110,18 +107,6 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- Pauses
-
-
-@given(st.integers(1, 11), st.floats(0, 1, exclude_max=True))
-def test_the_back_off_doubles_up_to_a_bound_and_is_jittered_by_half(tries: int, jitter: float) -> None:
-    """SLUICE_RETRIES: jittered exponential back-off; its setting ends at 10."""
-    whole = min(8.0, 0.25 * 2 ** (tries - 1))
-    assert whole / 2 <= backoff(tries, jitter=lambda: jitter) <= whole
-
-
-def test_the_back_off_differs_from_one_time_to_the_next() -> None:
-    """Those who were refused together must not come back together."""
-    assert len({backoff(1) for _ in range(20)}) > 10
 
 
 async def test_a_retry_after_longer_than_the_back_off_is_what_is_waited(no_pauses: None) -> None:
