@@ -343,23 +343,34 @@ def test_two_that_fail_in_the_same_moment_are_one_failure() -> None:
     assert isinstance(heat.failure, UpstreamError)
 
 
-@pytest.mark.parametrize("who", ["first", "hedge"])
-def test_a_failure_that_no_other_may_mend_ends_it_at_once(who: str) -> None:
-    """SLUICE_RETRIES: what is wrong with the question ends the answer; the other is closed, not waited for."""
-    failed = failing(UpstreamRejected(), after=0.5 + (who == "first"), elsewhere=False)
-    heat = Heat(*([failed, silent] if who == "first" else [silent, failed]), speaking("c")).run()
+def test_a_failure_that_no_other_may_mend_is_the_end() -> None:
+    """SLUICE_RETRIES: what is wrong with the question ends the answer; nobody else is asked it."""
+    heat = Heat(failing(UpstreamRejected(), after=0.5, elsewhere=False), speaking("b")).run()
     assert isinstance(heat.failure, UpstreamRejected)
-    assert heat.seconds == 1.5
-    assert [lane.cancelled for lane in heat.lanes] == [who != "first", who == "first", False]
+    assert heat.seconds == 0.5
+    assert heat.lanes[1].asked_at is None
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_whoever_runs_already_may_still_answer_what_the_other_refused(who: int) -> None:
+    """What one rejects another may take, and here it costs no further request; a third one is not asked."""
+    failed = failing(UpstreamRejected(), after=1.5 - who, elsewhere=False)
+    other = speaking("other", after=30.0)
+    heat = Heat(*([other, failed] if who else [failed, other]), speaking("c")).run()
+    assert heat.failure is None
+    assert heat.heard.texts == ["other1", "other2"]
     assert heat.lanes[2].asked_at is None
 
 
-def test_what_is_said_behind_the_failure_that_ended_it_is_not_handed_on() -> None:
-    """One end, and nothing behind it: what the other says while it is closed comes too late."""
-    failed = failing(UpstreamRejected(), after=0.5, elsewhere=False)
-    heat = Heat(stubborn("late"), failed).run()
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_refusal_is_told_though_the_other_fails_later(who: int) -> None:
+    """It says what is wrong with the question; that the other one was ill as well helps nobody."""
+    failed = failing(UpstreamRejected(), after=1.5 - who, elsewhere=False)
+    other = failing(UpstreamError(), after=30.0)
+    heat = Heat(*([other, failed] if who else [failed, other]), speaking("c")).run()
     assert isinstance(heat.failure, UpstreamRejected)
-    assert heat.heard.begun == heat.heard.texts == []
+    assert heat.heard.begun == []
+    assert heat.lanes[2].asked_at is None
 
 
 def test_a_winner_that_breaks_off_is_not_followed_by_another() -> None:
@@ -383,16 +394,26 @@ def test_a_loser_that_fails_while_it_is_closed_changes_nothing() -> None:
     assert heat.heard.texts == ["b1", "b2"]
 
 
+async def stumbling(progress: Progress) -> None:
+    await asyncio.sleep(0.5)
+    raise ZeroDivisionError
+
+
 def test_a_bug_looks_like_one() -> None:
     """It is not taken for a failure of the upstream's, which another one could mend."""
-
-    async def stumble(progress: Progress) -> None:
-        raise ZeroDivisionError
-
-    heat = Heat(stumble, speaking("b"))
+    heat = Heat(stumbling, speaking("b"))
     with pytest.raises(ZeroDivisionError):
         heat.run()
     assert heat.lanes[1].asked_at is None
+
+
+def test_what_is_said_behind_the_end_is_not_handed_on() -> None:
+    """One end, and nothing behind it: what the other says while it is closed comes too late."""
+    heat = Heat(stubborn("late"), stumbling)
+    with pytest.raises(ZeroDivisionError):
+        heat.run()
+    assert heat.lanes[0].cancelled
+    assert heat.heard.begun == heat.heard.texts == []
 
 
 # ---- The budget, and who is left out
