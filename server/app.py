@@ -22,7 +22,6 @@ from server.api.keys import (
     FAST_PATH,
     LLM_TOKENS,
     REQUEST_ID,
-    ROUTE,
     SENT_STATUS,
     SETTINGS,
     UPSTREAM_REQUEST_ID,
@@ -101,10 +100,10 @@ def create_app(
     return app
 
 
-def create_admin_app(desk: Desk, route: UpstreamRoute) -> web.Application:
+def create_admin_app(desk: Desk) -> web.Application:
     """The admin application: never for the public, so it needs none of the public one's guards."""
     app = web.Application()
-    add_admin_routes(app, desk, route)
+    add_admin_routes(app, desk)
     return app
 
 
@@ -120,7 +119,6 @@ async def _open_relay(app: web.Application) -> AsyncIterator[None]:
             retries=settings.retries,
             hedge_after=settings.hedge_after,
         )
-        app[ROUTE] = route
         app[DESK] = Desk(route, settings)
         yield
         await app[DESK].close()

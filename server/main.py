@@ -19,7 +19,7 @@ from typing import Any, Final
 import uvloop
 from aiohttp import web, web_response
 
-from server.api.keys import DESK, ROUTE
+from server.api.keys import DESK
 from server.app import create_admin_app, create_app, fast_path_works
 from server.connections import Connections
 from server.demo.model import DEMO_MODEL_NAME, demo_model
@@ -138,7 +138,7 @@ async def open_server(
         desk = public.app[DESK]
         if admin_listener is not None:
             # Entered later and so left earlier, but kept open while the drain goes on: /readyz must tell of it.
-            admin = await stack.enter_async_context(_running(create_admin_app(desk, public.app[ROUTE]), settings))
+            admin = await stack.enter_async_context(_running(create_admin_app(desk), settings))
             admin_server = await loop.create_server(_server_of(admin), sock=admin_listener)
             stack.callback(admin_server.close)
         # The loop listens once more, and so has to say how long the queue is.

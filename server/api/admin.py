@@ -5,12 +5,11 @@ from __future__ import annotations
 from aiohttp import web
 
 from server.relay.desk import Desk
-from server.upstream.route import UpstreamRoute
 
 __all__ = ["add_admin_routes"]
 
 
-def add_admin_routes(app: web.Application, desk: Desk, route: UpstreamRoute) -> None:
+def add_admin_routes(app: web.Application, desk: Desk) -> None:
     """``/healthz`` and ``/readyz`` (contract, section 7)."""
 
     async def healthz(request: web.Request) -> web.Response:
@@ -20,7 +19,7 @@ def add_admin_routes(app: web.Application, desk: Desk, route: UpstreamRoute) -> 
         reasons = []
         if desk.draining:
             reasons.append("draining")
-        if route.closed_to_all:
+        if not desk.can_ask:
             reasons.append("every_upstream_fails")
         status = "unready" if reasons else "ready"
         return web.json_response({"status": status, "reasons": reasons}, status=503 if reasons else 200)

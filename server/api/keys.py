@@ -11,7 +11,6 @@ from server.connections import Connections
 from server.relay.admission import Allowance, TokenBuckets
 from server.relay.desk import Desk, Stream
 from server.settings import Settings
-from server.upstream.route import UpstreamRoute
 
 __all__ = [
     "ALLOWANCE",
@@ -23,7 +22,6 @@ __all__ = [
     "FAST_PATH",
     "LLM_TOKENS",
     "REQUEST_ID",
-    "ROUTE",
     "SENT_STATUS",
     "SETTINGS",
     "UPSTREAM_REQUEST_ID",
@@ -35,7 +33,6 @@ CONNECTIONS: Final = web.AppKey("connections", Connections)
 # The last answer of each chat, for as long as it is kept anyway.
 Chats = WeakValueDictionary[str, Stream]
 CHATS: Final = web.AppKey("chats", Chats)
-ROUTE: Final = web.AppKey("route", UpstreamRoute)
 DESK: Final = web.AppKey("desk", Desk)
 BUCKETS: Final = web.AppKey("buckets", TokenBuckets)  # of requests; absent where the limit is off
 LLM_TOKENS: Final = web.AppKey("llm_tokens", TokenBuckets)  # of generated tokens; likewise

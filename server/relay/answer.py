@@ -53,6 +53,10 @@ class AnswerRequest(Protocol):
 class Source(Protocol):
     """Where an answer comes from: server/upstream/route.py."""
 
+    @property
+    def can_ask(self) -> bool:
+        """Whether there is anybody at the moment who could answer."""
+
     def model_for(self, request: AnswerRequest, /) -> str:
         """The model that is asked first."""
 

@@ -109,6 +109,11 @@ class Desk:
         """How many answers have ended and can still be read."""
         return len(self._kept)
 
+    @property
+    def can_ask(self) -> bool:
+        """Whether there is anybody at the moment who could answer."""
+        return self._source.can_ask
+
     # ---- Opening
 
     def admit(self, client: str) -> None:

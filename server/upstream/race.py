@@ -28,7 +28,8 @@ class Race:
     """One answer, for which at most two upstreams are asked at a time (``SLUICE_HEDGE_AFTER``).
 
     The next one is asked when the one that runs alone has not spoken for ``hedge_after`` (s), at the cost of one from
-    ``budget``, or at once when it has failed. Each runs in a task of its own; none outlives :meth:`run`.
+    ``budget``, or at once when it has failed. Each runs in a task of its own; none outlives :meth:`run`. A failure that
+    nobody else could mend still leaves the other one its time.
     """
 
     def __init__(self, hedge_after: float | None, budget: RetryBudget, sink: ChunkSink) -> None:

@@ -65,9 +65,9 @@ class UpstreamRoute:
         return self._upstreams_for(request)[0].endpoint.model
 
     @property
-    def closed_to_all(self) -> bool:
-        """Whether every upstream is left out at the moment."""
-        return all(upstream.circuit.state is CircuitState.OPEN for upstream in self._upstreams)
+    def can_ask(self) -> bool:
+        """Whether there is an upstream that is not left out at the moment."""
+        return any(upstream.circuit.state is not CircuitState.OPEN for upstream in self._upstreams)
 
     async def relay(self, request: RoutedRequest, sink: ChunkSink) -> None:
         """Hand the answer's chunks to ``sink`` as they come, and end it once, when it is complete.
@@ -78,7 +78,8 @@ class UpstreamRoute:
         self._budget.deposit()
         upstreams = self._upstreams_for(request)
         try:
-            if self._hedge_after is None or len(upstreams) == 1:
+            # A completion that is not streamed shows no first token: it would be paid twice whenever it takes its time.
+            if self._hedge_after is None or len(upstreams) == 1 or not request.streamed:
                 await self._ask_in_turn(upstreams, request, sink)
             else:
                 await Race(self._hedge_after, self._budget, sink).run(
@@ -186,7 +187,9 @@ class UpstreamRoute:
                 self._note_failure(upstream, permit)
             raise
         except asyncio.CancelledError:
-            if silence.left <= 0:
+            # One that is not streamed is as silent while it is made as where nobody makes it: no reason to leave the
+            # upstream out for all.
+            if silence.left <= 0 and request.streamed:
                 self._note_failure(upstream, permit)
             raise
         finally:

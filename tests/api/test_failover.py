@@ -809,7 +809,7 @@ def speaking_until(loser: Callable[[], Awaitable[Call]]) -> Script:
 
 
 @by_both_paths
-@every_face
+@every_stream
 async def test_a_slow_first_token_has_the_next_endpoint_asked_too_and_the_first_to_speak_wins(
     scene: Scene, face: str
 ) -> None:
@@ -824,7 +824,7 @@ async def test_a_slow_first_token_has_the_next_endpoint_asked_too_and_the_first_
 
 
 @by_both_paths
-@every_face
+@every_stream
 async def test_the_endpoint_asked_first_may_still_win(scene: Scene, face: str) -> None:
     """Section 2, SLUICE_HEDGE_AFTER: whichever speaks first is relayed."""
 
@@ -838,7 +838,7 @@ async def test_the_endpoint_asked_first_may_still_win(scene: Scene, face: str) -
     assert [len(scene.first.calls), len(scene.second.calls)] == [1, 1]
 
 
-@every_face
+@every_stream
 async def test_an_endpoint_that_speaks_in_time_is_not_hedged(scene: Scene, face: str) -> None:
     """Section 2, SLUICE_HEDGE_AFTER: it is the first token that counts, not the end of the answer."""
 
@@ -855,7 +855,7 @@ async def test_an_endpoint_that_speaks_in_time_is_not_hedged(scene: Scene, face:
     assert scene.second.calls == []
 
 
-@every_face
+@every_stream
 @pytest.mark.parametrize("sign", ["a head", "a role"])
 async def test_a_head_or_a_role_is_not_yet_speech(scene: Scene, face: str, sign: str) -> None:
     """Section 2, SLUICE_HEDGE_AFTER: without a first token the next one is asked."""
@@ -873,13 +873,13 @@ async def test_a_head_or_a_role_is_not_yet_speech(scene: Scene, face: str, sign:
     assert (await scene.ask(face)).is_from(SECOND)
 
 
-@every_face
+@every_stream
 @pytest.mark.parametrize(
     "failure",
     [
         "503",
         "reset",
-        pytest.param("400", marks=pytest.mark.xfail(strict=True, reason="a hedge's 400 still ends the answer")),
+        "400",
     ],
 )
 async def test_a_hedge_that_fails_leaves_the_first_endpoint_its_time(scene: Scene, face: str, failure: str) -> None:
@@ -897,7 +897,7 @@ async def test_a_hedge_that_fails_leaves_the_first_endpoint_its_time(scene: Scen
     assert outcome.seconds < BOUND
 
 
-@every_face
+@every_stream
 @pytest.mark.parametrize("failure", ["503", "reset"])
 async def test_a_first_endpoint_that_fails_leaves_the_answer_to_the_hedge(
     scene: Scene, face: str, failure: str
@@ -921,7 +921,7 @@ async def test_a_first_endpoint_that_fails_leaves_the_answer_to_the_hedge(
     assert [len(scene.first.calls), len(scene.second.calls)] == [1, 1]
 
 
-@every_face
+@every_stream
 async def test_where_the_hedge_and_the_first_both_fail_there_is_one_error(scene: Scene, face: str) -> None:
     """Section 2, SLUICE_HEDGE_AFTER."""
     await scene.open(silent, refusing(503), **HEDGE, **ONCE, SLUICE_FIRST_TOKEN_TIMEOUT="0.8")
@@ -931,7 +931,7 @@ async def test_where_the_hedge_and_the_first_both_fail_there_is_one_error(scene:
     assert outcome.seconds < BOUND
 
 
-@every_face
+@every_stream
 async def test_a_quick_failure_is_not_waited_out(scene: Scene, face: str) -> None:
     """Section 2: a failed endpoint is left at once; the hedge is for silence only."""
     await scene.open(refusing(404), SLUICE_HEDGE_AFTER="5")
@@ -940,7 +940,7 @@ async def test_a_quick_failure_is_not_waited_out(scene: Scene, face: str) -> Non
     assert outcome.seconds < 4
 
 
-@every_face
+@every_stream
 async def test_a_client_that_leaves_closes_both_the_endpoint_and_its_hedge(scene: Scene, face: str) -> None:
     """Sections 3 and 5: a client that goes away closes the upstream request, however many there are."""
     await scene.open(silent, silent, **HEDGE)
@@ -969,6 +969,19 @@ async def test_two_endpoints_that_speak_at_once_are_never_mixed(scene: Scene, fa
     for _ in range(5):
         together.clear()
         assert (await scene.ask(face)).complete, "and whose words they are, the scene has checked"
+
+
+async def test_a_completion_that_is_not_streamed_is_not_hedged(scene: Scene) -> None:
+    """It shows no first token: whenever it takes its time it would be paid twice."""
+
+    async def slow(call: Call) -> None:
+        await asyncio.sleep(0.7)
+        await healthy(call)
+
+    await scene.open(slow, **HEDGE)
+    outcome = await scene.ask("plain")
+    assert outcome.is_from(FIRST)
+    assert scene.second.calls == []
 
 
 # ---- The circuit

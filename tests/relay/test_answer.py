@@ -41,6 +41,8 @@ class FakeSource:
         self._play = play
         self.cancelled = False
 
+    can_ask = True
+
     def model_for(self, request: AnswerRequest, /) -> str:
         return "asked"
 

@@ -40,6 +40,8 @@ class Endless:
     def __init__(self) -> None:
         self.running = 0
 
+    can_ask = True
+
     def model_for(self, request: AnswerRequest, /) -> str:
         return "m"
 

@@ -462,6 +462,8 @@ class Source:
     def __init__(self) -> None:
         self.known: dict[str, Known] = {}
 
+    can_ask = True
+
     def model_for(self, request: AnswerRequest, /) -> str:
         return "asked"
 
