@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import aiohttp
@@ -27,9 +27,12 @@ _PASSED_ON: Final = ("Retry-After", "Retry-After-Ms", "X-Should-Retry")
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 _HEADER_VALUE: Final = re.compile(r"[ -~]{1,128}", re.ASCII)
 
-# What looks like a key (in full, or masked as OpenAI does) or an account.
-_OURS: Final = re.compile(
-    r"\b(?:sk|pk|rk|gsk|xai|key)-[\w*.\-]{3,}|\b(?:org|proj|acct|team|user)[-_][A-Za-z0-9]{6,}|\bBearer\s+\S+", re.ASCII
+# What looks like a key (in full, or masked as OpenAI does) or an account. Words that only begin like one, such as the
+# parameter "user_location" or "key-value pairs", hold neither a capital nor a digit nor a star.
+_OURS: Final = (
+    r"\b(?:sk|pk|rk|gsk|xai)[-_][\w*.\-]{3,}|\bkey-(?=[a-z]{0,64}[A-Z\d*])[\w*.\-]{3,}"
+    r"|\b(?:org|proj)[-_][A-Za-z\d]{6,}|\b(?:acct|team|user)[-_](?=[a-z]{0,64}[A-Z\d])[A-Za-z\d]{6,}"
+    r"|\bBearer\s+\S+"
 )
 _REDACTED: Final = "…"
 
@@ -89,7 +92,7 @@ def _make_fit(value: Any, status: int, headers: Mapping[str, str], endpoint: End
     }
     return Said(
         status=status,
-        error=None if error is None else _without_ours(error, endpoint),
+        error=None if error is None else _without_ours(error, _hider(endpoint)),
         headers=passed_on,
         request_id=read_request_id(headers),
         context_exceeded=error is not None and _CONTEXT_EXCEEDED in (error.get("code"), error.get("type")),
@@ -110,27 +113,37 @@ def _error_object(value: Any) -> dict[str, Any] | None:
     return {"type": None, "param": None, "code": None} | error
 
 
-def _without_ours(value: Any, endpoint: Endpoint, depth: int = 0) -> Any:
+def _without_ours(value: Any, hide: Callable[[str], str], depth: int = 0) -> Any:
     """``value`` with nothing in its texts that tells of our key, our account, or where the endpoint is."""
     if isinstance(value, str):
-        return _redact(value, endpoint)
+        return hide(value)
     if depth >= _MAX_DEPTH:
         return None
     if isinstance(value, list):
-        return [_without_ours(item, endpoint, depth + 1) for item in value]
+        return [_without_ours(item, hide, depth + 1) for item in value]
     if isinstance(value, dict):
         return {
-            _redact(name, endpoint): _without_ours(item, endpoint, depth + 1)
-            for name, item in value.items()
-            if isinstance(name, str)
+            hide(name): _without_ours(item, hide, depth + 1) for name, item in value.items() if isinstance(name, str)
         }
     return value
 
 
-def _redact(text: str, endpoint: Endpoint) -> str:
-    url = URL(endpoint.base_url)
-    if endpoint.api_key:
-        text = text.replace(endpoint.api_key, _REDACTED)
-    text = re.sub(rf"https?://(?:[^\s/\"'<>]*@)?{re.escape(url.host or '')}(?![\w.-])[^\s\"'<>]*", _REDACTED, text)
-    text = text.replace(url.host_port_subcomponent or "", _REDACTED) if url.explicit_port else text
-    return _OURS.sub(_REDACTED, text)
+def _hider(endpoint: Endpoint) -> Callable[[str], str]:
+    """Takes what is ours out of a text."""
+    key = endpoint.api_key
+    telling = re.compile(f"{_where(URL(endpoint.base_url))}|{_OURS}", re.ASCII)
+
+    def hide(text: str) -> str:
+        return telling.sub(_REDACTED, text.replace(key, _REDACTED) if key else text)
+
+    return hide
+
+
+def _where(url: URL) -> str:
+    """A pattern for what tells where an endpoint is: a URL of its host's, or the host without a scheme; one that is a
+    mere word (a container's name) only with its port."""
+    host = re.escape(url.host_subcomponent or "")
+    ends = r"(?!\.?[\w-])"  # a full stop may follow, but not the rest of a longer name
+    port = r"(?::\d+)?" if "." in host or ":" in host else rf":{url.port}"
+    rest = r"[^\s\"'<>]*"
+    return rf"(?i:https?://(?:[^\s/\"'<>]*@)?{host}{ends}{rest}|(?<![\w.-]){host}{port}{ends}(?:/{rest})?)"
