@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -276,3 +277,150 @@ def test_an_event_without_end_is_no_stream() -> None:
         reader.feed(b"z" * (32 << 10))
     assert caught.value.error.code == "upstream_invalid"
     assert sink.texts == ["x", "y"]
+
+
+# ---- Verbatim
+
+
+class Passing(Recording):
+    """Joins what would be passed on, whichever way it comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passed = b""
+
+    def take(self, chunks: Sequence[Chunk]) -> None:
+        super().take(chunks)
+        self.passed += b"".join(chunk.wire for chunk in chunks)
+
+    def take_texts(self, texts: Sequence[bytes], wire: bytes) -> None:
+        super().take_texts(texts, wire)
+        self.passed += wire
+
+    def end(self, chunks: Sequence[Chunk]) -> None:
+        super().end(chunks)
+        self.passed += b"".join(chunk.wire for chunk in chunks)
+
+
+def read_verbatim(*pieces: bytes) -> Passing:
+    sink = Passing()
+    reader = AnswerReader(sink, verbatim=True)
+    for piece in pieces:
+        if not reader.over:
+            reader.feed(piece)
+    return sink
+
+
+def data_lines(wire: bytes) -> bytes:
+    """The data lines of the whole events in ``wire`` before ``[DONE]``, but for malformed ones: each event closed by a
+    blank line, its line ends LF."""
+    blocks = wire.replace(b"\r\n", b"\n").replace(b"\r", b"\n").lstrip(b"\n").split(b"\n\n")[:-1]
+    kept = b""
+    for block in blocks:
+        lines = [line for line in block.split(b"\n") if line == b"data" or line.startswith(b"data:")]
+        data = b"\n".join(line[5:].removeprefix(b" ") for line in lines)
+        if data == DONE:
+            break
+        with contextlib.suppress(MalformedChunk):
+            if lines:
+                decode_chunk(data)
+                kept += b"\n".join(lines) + b"\n\n"
+    return kept
+
+
+TOKEN = json.dumps(chunk({"content": "Hel"})).encode()
+HALF = TOKEN.partition(b'"choices"')
+
+AS_IT_CAME = {
+    "as usual": b"data: " + TOKEN,
+    "no space behind the colon": b"data:" + TOKEN,
+    "two spaces": b"data:  " + TOKEN,
+    "spaces at the end": b"data: " + TOKEN + b" \t",
+    "several data lines": b"data: " + HALF[0] + b"\ndata:" + b"".join(HALF[1:]),
+    "an empty data line": b"data\ndata: " + TOKEN,
+    "spaced JSON": b'data: { "choices" : [ ] }',
+    "escapes": b'data: {"choices":[{"delta":{"content":"\\u00e9\\/\\ud83d"}}]}',
+    "odd numbers and fields": b'data: {"x":1e400,"y":12345678901234567890123,"z":-0.0,"choices":[]}',
+    "invalid UTF-8": b'data: {"choices":[{"delta":{"content":"\xff\xc3"}}]}',
+}
+
+
+@pytest.mark.parametrize("learnt", [0, 3], ids=["first", "behind others"])
+@pytest.mark.parametrize("lines", AS_IT_CAME.values(), ids=AS_IT_CAME.keys())
+def test_data_lines_are_passed_on_as_they_came(lines: bytes, learnt: int) -> None:
+    """Section 5: byte for byte and in order; a surrogate stays as it came. Each event is closed by a blank line."""
+    before = [token(text) for text in USUAL[:learnt]]
+    assert read_verbatim(*before, lines + b"\n\n").passed == b"".join(before) + lines + b"\n\n"
+
+
+WITHOUT = {
+    "CRLF": b"data: " + TOKEN + b"\r\n\r\n",
+    "CR": b"data: " + TOKEN + b"\r\r",
+    "a comment before": b": ping\ndata: " + TOKEN + b"\n\n",
+    "a comment inside": b"data: " + TOKEN + b"\n: ping\n\n",
+    "a comment alone": b": OPENROUTER PROCESSING\n\ndata: " + TOKEN + b"\n\n",
+    "other fields": b"event: x\nid: 7\nretry: 5\nfoo: bar\ndata: " + TOKEN + b"\n\n",
+    "fields without data": b"event: x\nid: 7\n\ndata: " + TOKEN + b"\n\n",
+    "blank lines": b"\n\n\ndata: " + TOKEN + b"\n\n\n",
+    "an event that is no chunk": b"data: not JSON\n\ndata: " + TOKEN + b"\n\n",
+    "an event without its blank line": b"data: " + TOKEN + b"\n\ndata: " + TOKEN + b"\n",
+    "done": b"data: " + TOKEN + b"\n\ndata: [DONE]\n\ndata: " + TOKEN + b"\n\n",
+}
+
+
+@pytest.mark.parametrize("learnt", [0, 3], ids=["first", "behind others"])
+@pytest.mark.parametrize("sent", WITHOUT.values(), ids=WITHOUT.keys())
+def test_nothing_but_data_lines_is_passed_on(sent: bytes, learnt: int) -> None:
+    """Section 5: comments and other fields of the upstream are dropped; ``[DONE]`` is for who passes it on to say."""
+    before = [event(chunk({"content": text}, id="c-2")) for text in USUAL[:learnt]]
+    assert read_verbatim(*before, sent).passed == b"".join(before) + b"data: " + TOKEN + b"\n\n"
+
+
+def test_a_byte_order_mark_is_not_passed_on() -> None:
+    assert read_verbatim(b"\xef\xbb\xbf" + token("x")).passed == token("x")
+
+
+@pytest.mark.parametrize("step", [7, 50, 141, 1000, 100_000])
+def test_the_short_cut_hands_on_the_very_bytes(step: int) -> None:
+    """However they are cut."""
+    first, *others = map(token, USUAL)
+    wire = b"".join(others)
+    sink = read_verbatim(first, *[wire[at : at + step] for at in range(0, len(wire), step)])
+    assert sink.undecoded > 80
+    assert sink.texts == USUAL
+    assert sink.passed == first + wire
+
+
+@pytest.mark.parametrize("step", [7, 50, 141, 1000, 100_000])
+def test_the_short_cut_may_leave_line_ends_as_they_are(step: int) -> None:
+    """CRLF ends a line as well as LF does (WHATWG HTML §9.2.5)."""
+    wire = b"".join(event(chunk({"content": text}), b"\r\n") for text in USUAL)
+    sink = read_verbatim(*[wire[at : at + step] for at in range(0, len(wire), step)])
+    assert sink.texts == USUAL
+    assert sink.passed.replace(b"\r\n", b"\n") == wire.replace(b"\r\n", b"\n")
+
+
+def test_who_does_not_pass_it_on_is_not_given_the_bytes() -> None:
+    """They would be kept with each chunk that is held back, for nobody."""
+    sink, _ = read(token("a\nb"), event(chunk({"role": "assistant"})))
+    assert [chunk.wire for chunk in sink.chunks] == [b"", b""]
+
+
+@given(st.lists(TOKENS.map(token), max_size=12), CUTS)
+def test_all_that_was_sent_is_passed_on_however_it_is_cut(events: list[bytes], cuts: list[int]) -> None:
+    """Section 5: byte for byte and in order."""
+    wire = b"".join(events)
+    assert read_verbatim(*cut(wire, cuts)).passed == wire
+
+
+@given(WIRES, CUTS)
+def test_of_any_stream_the_data_lines_are_passed_on_however_it_is_cut(wire: bytes, cuts: list[int]) -> None:
+    """Section 5: the rest is dropped, and so is an event that is no chunk."""
+    sink = read_verbatim(*cut(wire, cuts))
+    assert sink.passed.replace(b"\r\n", b"\n") == data_lines(wire)
+
+
+@given(WIRES, CUTS)
+def test_what_is_said_does_not_depend_on_whether_the_bytes_are_passed_on(wire: bytes, cuts: list[int]) -> None:
+    one, other = read(*cut(wire, cuts))[0], read_verbatim(*cut(wire, cuts))
+    assert said_by(one.chunks, one.done) == said_by(other.chunks, other.done)
