@@ -70,31 +70,28 @@ __all__ = [
 
 
 class RelayError(Exception):
-    """What can go wrong with a request for an answer. ``str()`` is the text that the client reads."""
+    """What can go wrong with a request for an answer. ``str()`` is the text that the client reads.
+
+    ``retry_after`` is in whole seconds, or None where nobody knows how long to wait, or waiting does not help.
+    """
 
     code: str = "internal_error"
     status: int = 500  # where it can still be told by a status
     retryable: bool = True
     message: ClassVar[str] = "Something went wrong on our side."
 
-    def __init__(self, message: str | None = None) -> None:
+    def __init__(self, message: str | None = None, *, retry_after: int | None = None) -> None:
         super().__init__(message or self.message)
+        self.retry_after = retry_after
 
 
 # ---- Before admission: a status
 
 
 class Refused(RelayError):
-    """The request is not admitted: nothing was spent, no upstream was called.
-
-    ``retry_after`` is in whole seconds, or None where waiting does not help.
-    """
+    """The request is not admitted: nothing was spent, no upstream was called."""
 
     status = 400
-
-    def __init__(self, message: str | None = None, *, retry_after: int | None = None) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
 
 
 class InvalidRequest(Refused):
@@ -198,8 +195,8 @@ class UpstreamFailed(RelayError):
 
     status = 502
 
-    def __init__(self, message: str | None = None, *, said: Said | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str | None = None, *, retry_after: int | None = None, said: Said | None = None) -> None:
+        super().__init__(message, retry_after=retry_after)
         self.said = said
 
 
@@ -226,7 +223,7 @@ class UpstreamError(UpstreamFailed):
 
 class UpstreamInvalid(UpstreamFailed):
     code, retryable = "upstream_invalid", False
-    message = "The model's endpoint did not answer with an OpenAI event stream."
+    message = "The model's endpoint did not answer in OpenAI's format."
 
 
 class UpstreamIncomplete(UpstreamFailed):

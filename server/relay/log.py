@@ -170,7 +170,7 @@ class PassingLog(ReplayLog):
 
     def publish(self) -> None:
         if self._told < self.size or self.ended:
-            self._tell(bytes(self._bytes[self._told - self._gone :]))
+            self._tell(bytes(self._bytes[max(0, self._told - self._gone) :]))
 
     def _tell(self, batch: bytes) -> None:
         self._told = size = self.size
@@ -189,5 +189,6 @@ class PassingLog(ReplayLog):
 
     def _forget(self, offset: int) -> None:
         """The reader has taken all that stands before ``offset``."""
-        del self._bytes[: offset - self._gone]
-        self._gone = max(self._gone, offset)
+        if offset > self._gone:
+            del self._bytes[: offset - self._gone]
+            self._gone = offset

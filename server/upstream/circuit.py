@@ -48,6 +48,11 @@ class Circuit:
             return CircuitState.CLOSED
         return CircuitState.OPEN if self._clock() < self._probes_from else CircuitState.HALF_OPEN
 
+    @property
+    def probed_in(self) -> float:
+        """Seconds until the next request is let through; 0 while it is closed, or a probe is out."""
+        return max(0.0, self._probes_from - self._clock()) if self._open else 0.0
+
     def enter(self) -> Permit | None:
         """Leave to send one request; None while the upstream is left out. Each permit is to be settled."""
         if not self._open:

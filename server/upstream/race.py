@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+import math
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any
 
 from server.errors import UpstreamUnreachable
@@ -19,9 +20,10 @@ __all__ = ["Ask", "Race", "all_left_out"]
 Ask = Callable[[Upstream, Permit, Progress], Coroutine[Any, Any, None]]  # raises AttemptFailed
 
 
-def all_left_out() -> AttemptFailed:
+def all_left_out(upstreams: Iterable[Upstream]) -> AttemptFailed:
     """There is nobody to be asked at the moment."""
-    return AttemptFailed(UpstreamUnreachable(), "left out")
+    wait = min((upstream.circuit.probed_in for upstream in upstreams), default=0.0)
+    return AttemptFailed(UpstreamUnreachable(retry_after=max(1, math.ceil(wait))), "left out")
 
 
 class Race:
@@ -41,12 +43,12 @@ class Race:
         self._final: AttemptFailed | None = None  # a failure after which nobody else is asked
         self._over = False
 
-    async def run(self, upstreams: Iterable[Upstream], ask: Ask) -> None:
+    async def run(self, upstreams: Sequence[Upstream], ask: Ask) -> None:
         """Relay the answer of whoever speaks first. Raises AttemptFailed: the last one, if all fail."""
         waiting = iter(upstreams)
         try:
             if not self._start_next(waiting, ask):
-                raise all_left_out()
+                raise all_left_out(upstreams)
             while True:
                 alone = self._winner is None and self._final is None and len(self._running) == 1
                 done, _ = await asyncio.wait(
@@ -60,7 +62,7 @@ class Race:
                     if self._is_over(task):
                         return
                     if not self._running and (self._final or not self._start_next(waiting, ask)):
-                        raise self._final or task.exception() or all_left_out()
+                        raise self._final or task.exception() or all_left_out(upstreams)
         finally:
             await self._stop()
 

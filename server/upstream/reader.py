@@ -123,7 +123,7 @@ class AnswerReader:
             self._fitted = True
             return Chunk((Delta(DeltaKind.CONTENT, text.decode()),), model=template.model)
         try:
-            chunk = decode_chunk(event.data)
+            chunk = decode_chunk(event.data, verbatim=self._verbatim)
         except MalformedChunk:
             if event.type == b"error":
                 raise failed_in_stream(None) from None

@@ -109,7 +109,7 @@ class UpstreamRoute:
                 last = failed
             else:
                 return
-        raise last or all_left_out()
+        raise last or all_left_out(upstreams)
 
     async def _ask(self, upstream: Upstream, permit: Permit, request: RoutedRequest, progress: Progress) -> None:
         """Ask one upstream, as often as may help; ``permit`` is for the first try. Raises AttemptFailed."""

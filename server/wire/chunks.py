@@ -28,6 +28,16 @@ DONE: Final = b"[DONE]"
 _MAX_SAFE_INTEGER = (1 << 53) - 1  # beyond it JavaScript, which reads our usage event, no longer counts exactly
 _MAX_NAME_CHARS = 200  # of a model's name or a finish_reason; both travel to the page
 
+# What else of a delta is a part of the answer to those who can read it, where it is of that type and not empty.
+_OTHER: Final[tuple[tuple[str, type], ...]] = (
+    ("tool_calls", list),
+    ("refusal", str),
+    ("function_call", dict),
+    ("audio", dict),
+    ("content", list),
+    ("reasoning_details", list),
+)
+
 _decoder = msgspec.json.Decoder()
 
 
@@ -40,11 +50,11 @@ class DeltaKind(Enum):
 
     CONTENT = auto()
     REASONING = auto()
-    TOOL_CALL = auto()
+    OTHER = auto()  # a tool call; for those who speak OpenAI's own language also a refusal, or sound
 
 
 class Delta(NamedTuple):
-    """A piece of the answer; ``text`` is empty for a tool call."""
+    """A piece of the answer; ``text`` is empty for what is neither content nor reasoning."""
 
     kind: DeltaKind
     text: str
@@ -94,20 +104,21 @@ class ChunkSink(Protocol):
         """The last chunks of an answer that is complete."""
 
 
-def decode_chunk(data: bytes) -> Chunk:
-    """The chunk that an event's data holds. Raises MalformedChunk where it is not a JSON object.
+def decode_chunk(data: bytes, *, verbatim: bool = False) -> Chunk:
+    """The chunk that an event's data holds; ``verbatim``: for one who passes it on to clients that read all of it.
+    Raises MalformedChunk where it is not a JSON object.
 
     Whatever has another type than OpenAI documents counts as absent: an endpoint's quirk may cost a field, never the
     answer. Only choice 0 is read, as we never ask for more.
     """
-    return _read_chunk(_decode_object(data), "delta")
+    return _read_chunk(_decode_object(data), "delta", verbatim=verbatim)
 
 
 def decode_completion(body: bytes) -> Chunk:
     """A completion that was not streamed, as the one chunk that says all of it. Raises MalformedChunk where it is not a
     JSON object with choices."""
     value = _decode_object(body)
-    chunk = _read_chunk(value, "message")
+    chunk = _read_chunk(value, "message", verbatim=True)
     if chunk.error is None and not isinstance(value.get("choices"), list):
         raise MalformedChunk("no choices")
     return chunk._replace(wire=body)
@@ -120,7 +131,7 @@ def _decode_object(data: bytes) -> dict[str, Any]:
     return value
 
 
-def _read_chunk(value: dict[str, Any], part: str) -> Chunk:
+def _read_chunk(value: dict[str, Any], part: str, *, verbatim: bool) -> Chunk:
     error = value.get("error")
     if isinstance(error, dict) or (isinstance(error, str) and error):
         return Chunk(error=error)
@@ -130,7 +141,7 @@ def _read_chunk(value: dict[str, Any], part: str) -> Chunk:
     if isinstance(choices, list):
         for choice in choices:
             if isinstance(choice, dict) and not _is_another(choice.get("index")):
-                deltas += _read_delta(choice.get(part))
+                deltas += _read_delta(choice.get(part), verbatim=verbatim)
                 finish_reason = _name(choice.get("finish_reason")) or finish_reason
     return Chunk(deltas, finish_reason, _read_usage(value.get("usage")), _name(value.get("model")))
 
@@ -155,7 +166,7 @@ def _is_another(index: Any) -> bool:
     return type(index) is int and index != 0
 
 
-def _read_delta(delta: Any) -> tuple[Delta, ...]:
+def _read_delta(delta: Any, *, verbatim: bool) -> tuple[Delta, ...]:
     if not isinstance(delta, dict):
         return ()
     found: list[Delta] = []
@@ -168,9 +179,9 @@ def _read_delta(delta: Any) -> tuple[Delta, ...]:
     content = delta.get("content")
     if isinstance(content, str) and content:
         found.append(Delta(DeltaKind.CONTENT, content))
-    tool_calls = delta.get("tool_calls")
-    if isinstance(tool_calls, list) and tool_calls:
-        found.append(Delta(DeltaKind.TOOL_CALL, ""))
+    others = _OTHER if verbatim else _OTHER[:1]
+    if any(isinstance(delta.get(name), type_) and delta[name] for name, type_ in others):
+        found.append(Delta(DeltaKind.OTHER, ""))
     return tuple(found)
 
 

@@ -107,6 +107,25 @@ async def test_other_fields_and_comments_of_the_upstream_are_dropped(
     assert len(data_of(body)) == 4
 
 
+async def test_a_refusal_is_not_held_back(serve: Serve, upstream: ScriptedUpstream, connect: Connect) -> None:
+    """It is what the SDKs' ``message.refusal`` is made of, and as much an answer as content is."""
+
+    async def script(call: Call) -> None:
+        await call.head()
+        await call.event(chunk({"role": "assistant", "content": None, "refusal": None}))
+        for _ in range(3):
+            await call.event(chunk({"refusal": "I can"}))
+            await asyncio.sleep(0.2)
+        await call.finish()
+        await call.done()
+
+    upstream.script = script
+    server = await open_server(serve, SLUICE_FIRST_TOKEN_TIMEOUT="0.4", SLUICE_IDLE_TIMEOUT="0.4")
+    response = await (await connect(server)).ask(ask())
+    assert response.status == 200
+    assert data_of(response.body)[-1] == b"[DONE]"
+
+
 async def test_a_malformed_event_is_skipped(server: InProcess, upstream: ScriptedUpstream, connect: Connect) -> None:
     """The SDKs would die of it (§3: one malformed upstream event is skipped; FailoverBench's malformed chunk)."""
 
@@ -407,6 +426,23 @@ async def test_the_whole_answer_has_its_time(
     response = await (await connect(server)).ask(ask(stream=stream))
     assert (response.status, error_of(response)["code"]) == (504, "stream_timeout")
     await settled(server)
+
+
+async def test_where_nobody_is_asked_it_is_told_when_to_come_back(
+    server: InProcess, upstream: ScriptedUpstream, connect: Connect
+) -> None:
+    """All circuits open: ``upstream_unreachable`` at once; by itself an SDK would ask again after half a second."""
+
+    async def script(call: Call) -> None:
+        await call.refuse(503)
+
+    upstream.script = script
+    client = await connect(server)
+    assert [(await client.ask(ask())).status for _ in range(5)] == [503] * 5
+    response = await client.ask(ask())
+    assert (response.status, error_of(response)["code"]) == (502, "upstream_unreachable")
+    assert 1 <= int(response.headers["Retry-After"]) <= 10
+    assert len(upstream.calls) == 5
 
 
 # ---- After the first byte

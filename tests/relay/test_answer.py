@@ -279,7 +279,7 @@ async def test_a_stop_is_told_as_a_cancelled_answer_and_closes_the_upstream() ->
     assert (source.cancelled, answer.life.outcome) == (True, Outcome.STOPPED)
 
 
-@pytest.mark.parametrize("kind", [DeltaKind.CONTENT, DeltaKind.REASONING, DeltaKind.TOOL_CALL])
+@pytest.mark.parametrize("kind", [DeltaKind.CONTENT, DeltaKind.REASONING, DeltaKind.OTHER])
 async def test_it_generates_no_more_than_its_budget(kind: DeltaKind) -> None:
     """All that the upstream charges for counts, shown or not."""
 
@@ -290,7 +290,7 @@ async def test_it_generates_no_more_than_its_budget(kind: DeltaKind) -> None:
     answer = new_answer(FakeSource(play), reservation=reservation)
     await ended(answer)
     _, *shown, error = events_of(answer)
-    assert len(shown) == (0 if kind is DeltaKind.TOOL_CALL else 4)
+    assert len(shown) == (0 if kind is DeltaKind.OTHER else 4)
     assert (error[2]["error"], error[2]["retryable"]) == ("token_limit_exceeded", False)
     assert (answer.life.outcome, answer.generated) == (Outcome.TOKEN_LIMIT, 4)
 

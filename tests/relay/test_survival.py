@@ -123,7 +123,7 @@ def _draw_chunk(chance: random.Random, number: int) -> Chunk:
         case 0:
             return Chunk((Delta(DeltaKind.REASONING, text),))
         case 1:
-            return Chunk((Delta(DeltaKind.TOOL_CALL, ""),))
+            return Chunk((Delta(DeltaKind.OTHER, ""),))
         case 2:
             return Chunk(finish_reason="length", model="spoke")
         case 3:
@@ -232,7 +232,7 @@ class Model:
                     break
                 deltas += 1
                 self.costs.append((now, reported or deltas))
-                if delta.kind is DeltaKind.TOOL_CALL:
+                if delta.kind is DeltaKind.OTHER:
                     continue
                 event = _event(known.stream.id, number, delta)
                 if size + len(event) > limits.max_answer_bytes:

@@ -166,9 +166,9 @@ class Lessons:
             self.count += 1
             return learn(data, chunk, wire)
 
-        def decode(data: bytes) -> Chunk:
+        def decode(data: bytes, *, verbatim: bool) -> Chunk:
             self.decoded += 1
-            return decode_chunk(data)
+            return decode_chunk(data, verbatim=verbatim)
 
         patch.setattr(TokenTemplate, "learn", counted)
         patch.setattr("server.upstream.reader.decode_chunk", decode)

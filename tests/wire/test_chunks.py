@@ -38,7 +38,17 @@ def test_reasoning_sent_under_both_names_is_told_once_and_before_the_content() -
 
 def test_a_tool_call_is_a_delta_without_text() -> None:
     """It stops the first-token clock, but the browser's stream has no event for it."""
-    assert decode_chunk(chunk_of({"tool_calls": [{"index": 0}]})).deltas == (Delta(DeltaKind.TOOL_CALL, ""),)
+    assert decode_chunk(chunk_of({"tool_calls": [{"index": 0}]})).deltas == (Delta(DeltaKind.OTHER, ""),)
+
+
+OTHERS = [{"refusal": "no"}, {"function_call": {"name": "f"}}, {"audio": {"data": "…"}}, {"content": ["a"]}]
+
+
+@pytest.mark.parametrize("delta", OTHERS)
+def test_what_only_openais_own_clients_can_read_counts_for_them_alone(delta: Any) -> None:
+    """Section 5: their face passes it on as it comes; section 3 has no event for it, so there it is silence."""
+    assert decode_chunk(chunk_of(delta), verbatim=True).deltas == (Delta(DeltaKind.OTHER, ""),)
+    assert decode_chunk(chunk_of(delta)).deltas == ()
 
 
 @pytest.mark.parametrize(

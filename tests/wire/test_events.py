@@ -58,7 +58,7 @@ def test_a_stop_is_a_usage_that_says_cancelled() -> None:
 
 def test_one_chunk_can_be_several_events() -> None:
     """One delta, one event, in the order in which they came; a tool call is none of this face's."""
-    deltas = (Delta(DeltaKind.REASONING, "hm"), Delta(DeltaKind.TOOL_CALL, ""), Delta(DeltaKind.CONTENT, "a"))
+    deltas = (Delta(DeltaKind.REASONING, "hm"), Delta(DeltaKind.OTHER, ""), Delta(DeltaKind.CONTENT, "a"))
     assert encoder.chunk(1, Chunk(deltas)) == [event_of("hm", 1, DeltaKind.REASONING), event_of("a", 2)]
 
 

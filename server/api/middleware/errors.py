@@ -11,7 +11,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from server.api.keys import SENT_STATUS, UPSTREAM_REQUEST_ID
-from server.errors import InternalError, MethodNotAllowed, NotFound, Refused, RelayError, Said, UpstreamFailed
+from server.errors import InternalError, MethodNotAllowed, NotFound, RelayError, Said, UpstreamFailed
 from server.wire.completion import encode_openai_error
 
 __all__ = ["answer_errors", "as_response"]
@@ -52,7 +52,7 @@ def as_response(request: web.Request, error: RelayError) -> web.Response:
     response.headers["Cache-Control"] = "no-store"
     if isinstance(error, MethodNotAllowed):
         response.headers["Allow"] = error.allowed
-    if isinstance(error, Refused) and error.retry_after is not None:
+    if error.retry_after is not None:
         response.headers["Retry-After"] = str(error.retry_after)
     return response
 
