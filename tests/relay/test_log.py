@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from server.relay.log import LogFull, ReplayLog
+from server.relay.log import LogFull, PassingLog, ReplayLog
 
 EVENTS = [b"first\n\n", b"second\n\n", b"third\n\n"]
 
@@ -160,3 +162,210 @@ def test_nothing_new_tells_nobody() -> None:
     log.publish()
     log.publish()
     assert calls == []
+
+
+# ---- A log for one reader, who cannot come back
+
+
+class Reader:
+    """Reads a log as a viewer does: what comes while it is level it takes at once if it is ``quick``, the rest when it
+    gets round to it."""
+
+    def __init__(self, log: PassingLog, *, quick: bool = True) -> None:
+        self.log = log
+        self.quick = quick
+        self.taken = b""
+        log.subscribe(self._listen)
+
+    def read(self, limit: int = 1000) -> bytes:
+        """The next bytes that have not been taken."""
+        data = self.log.read(len(self.taken), limit)
+        self.taken += data
+        return data
+
+    def read_all(self) -> bytes:
+        """All of them; with the look that finds nothing more, the log knows it."""
+        before = len(self.taken)
+        while self.read():
+            pass
+        return self.taken[before:]
+
+    def _listen(self, batch: bytes, size: int) -> bool:
+        if not self.quick or len(self.taken) + len(batch) != size:
+            return False
+        self.taken += batch
+        return True
+
+
+def test_what_has_been_read_is_not_kept() -> None:
+    """Section 5: nobody can come back for it; a log that kept it would cost memory for nothing."""
+    log = PassingLog(max_bytes=10)
+    reader = Reader(log, quick=False)
+    for _ in range(100):
+        log.extend([b"01234", b"56789"])
+        assert reader.read_all() == b"0123456789"
+    assert log.size == len(reader.taken) == 1000
+    assert len(log._bytes) == 0
+
+
+def test_who_takes_each_batch_at_once_leaves_it_empty() -> None:
+    """The hot path: no byte waits in it."""
+    log = PassingLog(max_bytes=10)
+    reader = Reader(log)
+    for _ in range(100):
+        log.extend([b"0123456789"])
+        assert len(log._bytes) == 0
+    assert reader.taken == b"0123456789" * 100
+
+
+def test_the_bound_is_on_what_has_not_been_read() -> None:
+    """SLUICE_MAX_ANSWER_BYTES, for a reader that lags."""
+    log = PassingLog(max_bytes=10)
+    reader = Reader(log, quick=False)
+    log.extend([b"012345"])
+    with pytest.raises(LogFull):
+        log.extend([b"67", b"890"])
+    with pytest.raises(LogFull):
+        log.append(b"67890")
+    assert log.size == 6, "and nothing of it was appended"
+    log.extend([b"6789"])
+    assert reader.read_all() == b"0123456789"
+    log.extend([b"0123456789"])
+    assert reader.read_all() == b"0123456789"
+
+
+def test_a_batch_larger_than_the_bound_is_too_much_for_the_quickest() -> None:
+    log = PassingLog(max_bytes=10)
+    reader = Reader(log)
+    with pytest.raises(LogFull):
+        log.extend([b"01234", b"56789", b"0"])
+    assert reader.taken == b""
+
+
+def test_who_has_not_taken_a_batch_finds_it_later() -> None:
+    log = PassingLog(max_bytes=100)
+    reader = Reader(log, quick=False)
+    log.extend([b"a"])
+    reader.quick = True
+    log.extend([b"b"])
+    assert reader.taken == b"", "it lags, and must not take what is not next"
+    assert reader.read() == b"ab"
+    log.extend([b"c"])
+    assert reader.taken == b"abc"
+
+
+def test_what_came_before_the_reader_is_there_when_it_comes() -> None:
+    log = PassingLog(max_bytes=100)
+    log.extend(EVENTS)
+    assert Reader(log).read() == b"".join(EVENTS)
+
+
+def test_its_events_have_no_numbers() -> None:
+    """Section 5: no id; so nobody can ask for what is behind one."""
+    log = PassingLog(max_bytes=100)
+    log.extend(EVENTS)
+    assert log.next_number == 0
+    with pytest.raises(IndexError):
+        log.end_of(0)
+
+
+def test_an_empty_batch_is_nothing() -> None:
+    log, calls = PassingLog(max_bytes=100), []
+    log.subscribe(lambda batch, _size: calls.append(batch))
+    log.extend([])
+    log.extend([b"", b""])
+    assert calls == []
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_its_last_events_fit_however_full_it_is(quick: bool) -> None:
+    """A cut answer must be told to be cut."""
+    log = PassingLog(max_bytes=10)
+    reader = Reader(log, quick=quick)
+    log.extend([b"0123456789"])
+    log.end([b"error", b"end"])
+    assert log.ended
+    assert log.size == 18
+    reader.read()
+    assert reader.taken == b"0123456789errorend"
+
+
+def test_its_end_is_told_though_nothing_comes_with_it() -> None:
+    """The answer that is not streamed has no last event; its reader waits for the end all the same."""
+    log, seen = PassingLog(max_bytes=100), []
+    log.subscribe(lambda batch, size: seen.append((batch, size, log.ended)))
+    log.extend([b"all"])
+    log.end()
+    assert seen == [(b"all", 3, False), (b"", 3, True)]
+
+
+def test_events_appended_one_by_one_are_told_together() -> None:
+    log, calls = PassingLog(max_bytes=100), []
+    log.subscribe(lambda batch, size: calls.append((batch, size)))
+    for event in EVENTS:
+        log.append(event)
+    assert calls == []
+    log.publish()
+    log.publish()
+    assert calls == [(b"".join(EVENTS), len(b"".join(EVENTS)))]
+
+
+def test_a_reader_that_is_ahead_of_what_was_told_is_told_what_it_lacks() -> None:
+    """It may read between an event and its being told."""
+    log, calls = PassingLog(max_bytes=100), []
+    reader = Reader(log, quick=False)
+    log.subscribe(lambda batch, size: calls.append((batch, size)))
+    log.append(b"012345")
+    reader.read_all()
+    log.append(b"0123456789")
+    log.publish()
+    assert calls == [(b"0123456789", 16)]
+    assert reader.read() == b"0123456789"
+
+
+def test_a_second_look_from_the_start_takes_nothing_from_the_reader() -> None:
+    """What is gone is gone, and what is not stays."""
+    log = PassingLog(max_bytes=100)
+    reader = Reader(log)
+    log.extend([b"01"])
+    reader.quick = False
+    log.extend([b"23456789"])
+    log.read(0, 1000)
+    assert reader.read() == b"23456789"
+
+
+STEPS = st.lists(
+    st.lists(st.binary(min_size=1, max_size=6), max_size=3)
+    | st.integers(1, 12)
+    | st.sampled_from(["quick", "slow", "append", "publish"]),
+    max_size=40,
+)
+
+
+@given(STEPS)
+def test_any_reader_gets_all_of_it_once_and_in_order(steps: list[list[bytes] | int | str]) -> None:
+    """Whatever it takes at once, and however it reads the rest; what waits for it stays within the bound."""
+    log = PassingLog(max_bytes=12)
+    reader = Reader(log)
+    written = b""
+    for step in steps:
+        new = b"".join(step) if isinstance(step, list) else b"x" if step == "append" else b""
+        fits = len(log._bytes) + len(new) <= 12
+        with contextlib.nullcontext() if fits else pytest.raises(LogFull):
+            if isinstance(step, list):
+                log.extend(step)
+            elif step == "append":
+                log.append(new)
+        written += new if fits else b""
+        if isinstance(step, int):
+            reader.read(step)
+        elif step == "publish":
+            log.publish()
+        elif step in ("quick", "slow"):
+            reader.quick = step == "quick"
+        assert log.size == len(written)
+        assert written.startswith(reader.taken)
+    log.end([b"the end"])
+    while reader.read(5):
+        pass
+    assert reader.taken == written + b"the end"
