@@ -74,8 +74,8 @@ def decode_completion_request(body: bytes, *, max_tokens: int) -> CompletionRequ
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise invalid_body(exc, body) from None
     if _read(fields, "n", int | None) not in (None, 1):
-        raise _invalid("n", "n is more than 1; one completion is made for a request")
-    if not _read(fields, "messages", list[Any]):
+        raise _invalid("n", "n is not 1; one completion is made for a request")
+    if not _read(fields, "messages", list[msgspec.Raw]):
         raise _invalid("messages", "messages is missing or empty")
     asked = {name: _read(fields, name, int | None) for name in _BOUNDS}
     bounds = {name: bound for name, bound in asked.items() if bound is not None} or {"max_tokens": max_tokens}
