@@ -118,6 +118,7 @@ async def _open_relay(app: web.Application) -> AsyncIterator[None]:
             idle_timeout=settings.idle_timeout,
             retries=settings.retries,
             hedge_after=settings.hedge_after,
+            rescue=settings.rescue == "continue",
         )
         app[DESK] = Desk(route, settings)
         yield

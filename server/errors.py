@@ -152,7 +152,7 @@ class UnsupportedMediaType(Refused):
 
 class RateLimited(Refused):
     code, status = "rate_limit_exceeded", 429
-    message = "Too many requests. Wait for the seconds that Retry-After gives."
+    message = "Too many requests. Please try again in a moment."
 
 
 class TokenLimitExceeded(Refused):

@@ -380,6 +380,11 @@ class Settings:
         None,
         "s without a first token after which the next upstream is asked too",
     )
+    rescue: str = _option(
+        _choice("off", "continue"),
+        "off",
+        "continue = an answer that its upstream dropped half-way is finished by the next one",
+    )
     fast_path: str = _option(
         _choice("auto", "off"),
         "auto",

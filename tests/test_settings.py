@@ -52,6 +52,7 @@ TABLE: Final = [
     ("SLUICE_HEARTBEAT", "heartbeat", 15.0),
     ("SLUICE_RETRIES", "retries", 2),
     ("SLUICE_HEDGE_AFTER", "hedge_after", None),
+    ("SLUICE_RESCUE", "rescue", "off"),
     ("SLUICE_FAST_PATH", "fast_path", "auto"),
     ("SLUICE_RESUME_GRACE", "resume_grace", 5.0),
     ("SLUICE_RESUME_WINDOW", "resume_window", 60.0),
@@ -66,7 +67,6 @@ VARIABLES: Final = [variable for variable, _, _ in TABLE] + ["SLUICE_SYSTEM_PROM
 # Settings of the contract that no code obeys yet: to accept them would be to promise what does not happen.
 LATER: Final = [
     "SLUICE_WORKERS",
-    "SLUICE_RESCUE",
     "SLUICE_REDIS_URL",
     "SLUICE_API_KEYS_FILE",
     "SLUICE_JWT_SECRET",
@@ -136,6 +136,7 @@ GOOD: Final = [
     ("SLUICE_FALLBACKS", "", "[]", ()),
     ("SLUICE_HEDGE_AFTER", "off", '"off"', None),
     ("SLUICE_HEDGE_AFTER", "1.5", "1.5", 1.5),
+    ("SLUICE_RESCUE", "continue", '"continue"', "continue"),
     ("SLUICE_HOST", "::", '"::"', "::"),
     ("SLUICE_HOST", "fe80::1%eth0", '"fe80::1%eth0"', "fe80::1%eth0"),
     ("SLUICE_PORT", "0", "0", 0),
@@ -294,6 +295,7 @@ BAD: Final = {
     "SLUICE_WRITE_TIMEOUT": ["0", "3601"],
     "SLUICE_HEARTBEAT": ["0", "3601"],
     "SLUICE_RETRIES": ["-1", "11", "1.5"],
+    "SLUICE_RESCUE": ["", "on", "true", "Continue"],
     "SLUICE_FAST_PATH": ["", "on", "true", "Auto"],
     "SLUICE_RESUME_GRACE": ["", "-1", "86401", "inf", "off", "Finish"],
     "SLUICE_RESUME_WINDOW": ["-1", "86401", "finish"],

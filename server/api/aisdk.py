@@ -34,7 +34,7 @@ async def chat(request: web.Request) -> web.StreamResponse:
 async def resume_chat(request: web.Request) -> web.StreamResponse:
     """``GET /api/chat/ID/stream``: the chat's answer, from its start; 204 where none is to be had."""
     await drop_body(request)
-    stream = request.app[CHATS].get(request.match_info["id"])
+    stream = request.app[CHATS].get(_name_of_chat(request))
     if stream is None or not _worth_reading(stream):
         return web.Response(status=204)
     show_allowance(request)
@@ -44,7 +44,7 @@ async def resume_chat(request: web.Request) -> web.StreamResponse:
 async def stop_chat(request: web.Request) -> web.StreamResponse:
     """``POST /api/chat/ID/stop``: nobody wants more of it."""
     await drop_body(request)
-    stream = request.app[CHATS].get(request.match_info["id"])
+    stream = request.app[CHATS].get(_name_of_chat(request))
     if stream is not None:
         stream.stop(Outcome.STOPPED)
     return web.Response(status=204)
@@ -56,13 +56,18 @@ async def _show(request: web.Request, stream: Stream) -> web.StreamResponse:
 
 
 def _put(request: web.Request, chat_id: str, stream: Stream) -> None:
-    """Make ``stream`` the chat's answer. The one before, if its client is the same, has no reader left who could find
-    it: it is stopped."""
-    chats = request.app[CHATS]
-    before = chats.get(chat_id)
-    chats[chat_id] = stream
-    if before is not None and before.client == request[CLIENT]:
+    """Make ``stream`` the chat's answer. The one before has no reader left who could find it: it is stopped."""
+    chats, name = request.app[CHATS], (request[CLIENT], chat_id)
+    before = chats.get(name)
+    chats[name] = stream
+    if before is not None:
         before.stop(Outcome.STOPPED)
+
+
+def _name_of_chat(request: web.Request) -> tuple[str, str]:
+    """A chat is its client's: ids are the pages' own, and one that is always "chat" must not show a visitor the answers
+    of another."""
+    return request[CLIENT], request.match_info["id"]
 
 
 def _worth_reading(stream: Stream) -> bool:

@@ -30,8 +30,8 @@ __all__ = [
 
 SETTINGS: Final = web.AppKey("settings", Settings)
 CONNECTIONS: Final = web.AppKey("connections", Connections)
-# The last answer of each chat, for as long as it is kept anyway.
-Chats = WeakValueDictionary[str, Stream]
+# The last answer of each chat, by client and the chat's id, for as long as it is kept anyway.
+Chats = WeakValueDictionary[tuple[str, str], Stream]
 CHATS: Final = web.AppKey("chats", Chats)
 DESK: Final = web.AppKey("desk", Desk)
 BUCKETS: Final = web.AppKey("buckets", TokenBuckets)  # of requests; absent where the limit is off

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from server.errors import (
@@ -22,7 +22,7 @@ from server.errors import (
 from server.relay.admission import Reservation
 from server.relay.life import Life, Outcome
 from server.relay.log import LogFull, ReplayLog
-from server.wire.chunks import Answerer, Chunk, ChunkSink, Delta, DeltaKind, Usage
+from server.wire.chunks import Answerer, Chunk, ChunkSink, Delta, DeltaKind, Usage, split_texts
 from server.wire.events import Summary
 
 __all__ = ["Answer", "AnswerEncoder", "AnswerLimits", "AnswerRequest", "Source"]
@@ -48,6 +48,7 @@ class AnswerRequest(Protocol):
         """The question, for a log that is to have it."""
 
     def encode(self, model: str, /) -> bytes: ...
+    def continued(self, said: str, spent: int, /) -> AnswerRequest: ...
 
 
 class Source(Protocol):
@@ -239,7 +240,7 @@ class Answer:
                 self._deltas += count
                 self.tokens += count
                 return
-        self.take(list(_to_chunks(texts, wire)))
+        self.take(list(split_texts(texts, wire)))
 
     def take(self, chunks: Sequence[Chunk]) -> None:
         """Append a batch's events and tell the viewers once."""
@@ -330,16 +331,6 @@ class Answer:
             self._reservation.settle(self.generated)
         self.log.end(last)
         self.on_end()
-
-
-def _to_chunks(texts: Sequence[bytes], wire: bytes) -> Iterator[Chunk]:
-    """The events of a batch one by one: all have the same bytes round their text."""
-    frame = (len(wire) - sum(map(len, texts))) // len(texts)
-    start = 0
-    for text in texts:
-        end = start + frame + len(text)
-        yield Chunk((Delta(DeltaKind.CONTENT, text.decode()),), wire=wire[start:end])
-        start = end
 
 
 def _nothing() -> None:

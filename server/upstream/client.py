@@ -100,7 +100,7 @@ class UpstreamClient:
             del request  # not needed while the body flows: an open stream would hold a kilobyte and more of it
             async with response:
                 await _check_head(response, endpoint, verbatim=asked.verbatim)
-                sink.begin(Answerer(endpoint.model, read_request_id(response.headers)))
+                sink.begin(Answerer(endpoint.model, read_request_id(response.headers), endpoint.name))
                 if asked.streamed:
                     await _check_stream(response)
                     reader = AnswerReader(sink, verbatim=asked.verbatim)

@@ -15,12 +15,14 @@ from server.upstream.client import UpstreamClient, UpstreamRequest
 from server.upstream.endpoint import Endpoint, Upstream
 from server.upstream.progress import Progress
 from server.upstream.race import Race, all_left_out
+from server.upstream.rescue import Continuation, Memory
 from server.upstream.retry import RetryBudget, backoff
 from server.upstream.silence import SilenceDeadline
 from server.wire.chunks import ChunkSink
 
 __all__ = ["RoutedRequest", "UpstreamRoute"]
 
+_NOT_LIKE_THIS: Final = frozenset({400, 422})  # statuses of an endpoint that takes no half answer
 _LEAST_TRY: Final = 0.05  # s; what would have less of the first-token time left would be begun in vain
 
 _log = logging.getLogger("sluice.upstream")
@@ -28,6 +30,9 @@ _log = logging.getLogger("sluice.upstream")
 
 class RoutedRequest(UpstreamRequest, Protocol):
     """What is asked, and of whom."""
+
+    def continued(self, said: str, spent: int, /) -> RoutedRequest:
+        """The same, with the answer ``said`` so far, at the cost of ``spent`` LLM tokens, to be gone on with."""
 
     @property
     def model(self) -> str | None:
@@ -40,6 +45,7 @@ class UpstreamRoute:
     ``first_token_timeout`` (s) spans all tries at one endpoint and the pauses between them; ``idle_timeout`` (s) runs
     between deltas with content; ``retries`` is how many further tries follow a failed one, before the first token only.
     ``hedge_after`` (s): after so long without a first token the next endpoint is asked too; None = never.
+    ``rescue``: an answer that broke off half-way is finished by another endpoint.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class UpstreamRoute:
         idle_timeout: float,
         retries: int,
         hedge_after: float | None = None,
+        rescue: bool = False,
     ) -> None:
         self._client = client
         self._upstreams = [Upstream(endpoint, Circuit()) for endpoint in endpoints]
@@ -58,6 +65,7 @@ class UpstreamRoute:
         self._idle_timeout = idle_timeout
         self._retries = retries
         self._hedge_after = hedge_after
+        self._rescue = rescue
         self._budget = RetryBudget()
 
     def model_for(self, request: RoutedRequest) -> str:
@@ -78,15 +86,55 @@ class UpstreamRoute:
         self._budget.deposit()
         upstreams = self._upstreams_for(request)
         try:
-            # A completion that is not streamed shows no first token: it would be paid twice whenever it takes its time.
-            if self._hedge_after is None or len(upstreams) == 1 or not request.streamed:
-                await self._ask_in_turn(upstreams, request, sink)
+            if self._rescue and request.streamed and len(upstreams) > 1:
+                await self._answer_whole(upstreams, request, Memory(sink))
             else:
-                await Race(self._hedge_after, self._budget, sink).run(
-                    upstreams, lambda upstream, permit, progress: self._ask(upstream, permit, request, progress)
-                )
+                await self._answer(upstreams, request, sink)
         except AttemptFailed as failed:
             raise failed.error from failed
+
+    async def _answer_whole(self, upstreams: Sequence[Upstream], request: RoutedRequest, memory: Memory) -> None:
+        """As :meth:`_answer`, and where that breaks off half-way, the rest of it by those that were not asked yet."""
+        try:
+            await self._answer(upstreams, request, memory)
+        except AttemptFailed as broken:
+            left = [upstream for upstream in upstreams if upstream.endpoint.name != memory.answerer.endpoint]
+            while left and memory.unfinished and self._budget.take():
+                rescuer = left.pop(0)
+                try:
+                    await self._continue(rescuer, request, memory)
+                except AttemptFailed:
+                    continue
+                return
+            raise broken
+
+    async def _continue(self, upstream: Upstream, request: RoutedRequest, memory: Memory) -> None:
+        """Let ``upstream`` finish what was begun: behind the words so far, or, where it takes no such request, from the
+        start. Raises AttemptFailed."""
+        read = memory.text
+        for asked, anew in ((request.continued(read, memory.deltas), False), (request, True)):
+            permit = upstream.circuit.enter()
+            if permit is None:
+                raise all_left_out([upstream])
+            log_event(_log, logging.INFO, "upstream_rescue", upstream=upstream.endpoint.name, anew=anew)
+            try:
+                await self._ask(upstream, permit, asked, Progress(Continuation(memory, read, anew=anew)))
+            except AttemptFailed as failed:
+                said = failed.error.said
+                if anew or said is None or said.status not in _NOT_LIKE_THIS:
+                    raise
+            else:
+                return
+
+    async def _answer(self, upstreams: Sequence[Upstream], request: RoutedRequest, sink: ChunkSink) -> None:
+        """Hand on what the first says that says something. Raises AttemptFailed."""
+        # A completion that is not streamed shows no first token: it would be paid twice whenever it takes its time.
+        if self._hedge_after is None or len(upstreams) == 1 or not request.streamed:
+            await self._ask_in_turn(upstreams, request, sink)
+        else:
+            await Race(self._hedge_after, self._budget, sink).run(
+                upstreams, lambda upstream, permit, progress: self._ask(upstream, permit, request, progress)
+            )
 
     def _upstreams_for(self, request: RoutedRequest) -> Sequence[Upstream]:
         """Those that have the model which was asked for come first; the others can still stand in for them."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
@@ -20,10 +21,16 @@ __all__ = [
     "check_text",
     "decode_posted_chat",
     "invalid_body",
+    "mend_surrogates",
 ]
 
 MAX_MESSAGES: Final = 1000  # of one conversation; a body of 1 MiB could hold 30,000
 _MAX_ECHO: Final = 200  # characters of a client's own words in what it is told
+
+# An escape in JSON; the group is there where it is half a pair without its other half.
+_ESCAPE: Final = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
+)
 
 _encoder = msgspec.json.Encoder()
 
@@ -85,6 +92,12 @@ def _refuse_twice(pairs: list[tuple[str, Any]]) -> None:
             raise _invalid(f"the field {name} is given more than once")
 
 
+def mend_surrogates(body: bytes) -> bytes:
+    """JSON with U+FFFD in place of each escaped half of a surrogate pair: a page that cuts a text between the two sends
+    one, and no UTF-8 can carry it on."""
+    return _ESCAPE.sub(lambda found: b"\\ufffd" if found[1] else found[0], body) if b"\\u" in body else body
+
+
 def invalid_body(exc: Exception, body: bytes) -> InvalidRequest:
     """What is wrong with a body that msgspec did not take, in our words."""
     return _invalid(_in_our_words(exc, body))
@@ -127,6 +140,11 @@ class ChatRequest:
 
     streamed: ClassVar[bool] = True
     verbatim: ClassVar[bool] = False
+
+    def continued(self, said: str, spent: int) -> ChatRequest:
+        """The same, with the answer ``said`` so far, at the cost of ``spent`` LLM tokens, for its last message."""
+        messages = (*self.messages, ("assistant", said))
+        return replace(self, messages=messages, max_tokens=max(1, self.max_tokens - spent))
 
     @property
     def prompt(self) -> str:

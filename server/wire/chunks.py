@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum, auto
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -21,6 +21,8 @@ __all__ = [
     "decode_chunk",
     "decode_completion",
     "decode_json",
+    "split_texts",
+    "with_text",
 ]
 
 DONE: Final = b"[DONE]"
@@ -79,10 +81,11 @@ class Chunk(NamedTuple):
 
 
 class Answerer(NamedTuple):
-    """Who answers: the model that was asked, and what its endpoint calls the request."""
+    """Who answers: the model that was asked, what its endpoint calls the request, and what we call the endpoint."""
 
     model: str
     request_id: str | None = None
+    endpoint: str = ""
 
 
 class ChunkSink(Protocol):
@@ -144,6 +147,30 @@ def _read_chunk(value: dict[str, Any], part: str, *, verbatim: bool) -> Chunk:
                 deltas += _read_delta(choice.get(part), verbatim=verbatim)
                 finish_reason = _name(choice.get("finish_reason")) or finish_reason
     return Chunk(deltas, finish_reason, _read_usage(value.get("usage")), _name(value.get("model")))
+
+
+def split_texts(texts: Sequence[bytes], wire: bytes) -> Iterator[Chunk]:
+    """The chunks of ``ChunkSink.take_texts``, one by one: all have the same bytes round their text."""
+    frame = (len(wire) - sum(map(len, texts))) // len(texts)
+    start = 0
+    for text in texts:
+        end = start + frame + len(text)
+        yield Chunk((Delta(DeltaKind.CONTENT, text.decode()),), wire=wire[start:end])
+        start = end
+
+
+def with_text(chunk: Chunk, text: str) -> Chunk:
+    """``chunk``, whose first choice is content, with another ``text`` for it in the event as it came, if it has one."""
+    if not chunk.wire:
+        return chunk
+    data = b"\n".join(line.removeprefix(b"data:") for line in chunk.wire.splitlines() if line)
+    value = _decode_object(data)
+    value["choices"][0]["delta"]["content"] = text
+    try:
+        encoded = msgspec.json.encode(value)
+    except UnicodeEncodeError:  # half a surrogate pair
+        encoded = json.dumps(value).encode("ascii")
+    return chunk._replace(wire=b"data: %b\n\n" % encoded)
 
 
 def decode_json(data: bytes) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 
 from server.errors import Interrupted, InvalidRequest, RelayError
-from server.wire.chat import invalid_body
+from server.wire.chat import invalid_body, mend_surrogates
 from server.wire.chunks import Answerer, Chunk
 from server.wire.events import Summary
 
@@ -58,6 +58,15 @@ class CompletionRequest:
             return ""
         return bytes(messages[-1]).decode("utf-8", "replace") if messages else ""
 
+    def continued(self, said: str, spent: int) -> CompletionRequest:
+        """The same, with the answer ``said`` so far, at the cost of ``spent`` LLM tokens, for its last message."""
+        messages = msgspec.json.decode(self._fields["messages"], type=list[msgspec.Raw])
+        messages.append(msgspec.Raw(_encoder.encode({"role": "assistant", "content": said})))
+        left = max(1, self.max_tokens - spent)
+        bounds = {name: msgspec.Raw(b"%d" % left) for name in _BOUNDS if name in self._fields}
+        fields = self._fields | bounds | {"messages": msgspec.Raw(_encoder.encode(messages))}
+        return CompletionRequest(fields, self.model, left, streamed=self.streamed)
+
     def encode(self, model: str) -> bytes:
         """The body for an endpoint that has ``model``: the values are the very bytes that came."""
         return _encoder.encode(self._fields | {"model": msgspec.Raw(_encoder.encode(model))})
@@ -70,7 +79,7 @@ def decode_completion_request(body: bytes, *, max_tokens: int) -> CompletionRequ
     """
     try:
         body.decode("utf-8")
-        fields = _fields.decode(body)
+        fields = _fields.decode(mend_surrogates(body))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise invalid_body(exc, body) from None
     if _read(fields, "n", int | None) not in (None, 1):

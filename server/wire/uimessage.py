@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from server.errors import InvalidRequest, RelayError
-from server.wire.chat import MAX_MESSAGES, Content, check_text, invalid_body
+from server.wire.chat import MAX_MESSAGES, Content, check_text, invalid_body, mend_surrogates
 from server.wire.chunks import Answerer, Chunk, DeltaKind
 from server.wire.events import Summary, encode_text
 
@@ -47,6 +47,7 @@ class UIChat(msgspec.Struct, frozen=True):
         """The (role, content) pairs to be answered. Raises InvalidRequest where the model could not see all of it.
 
         A message of the assistant's that holds no text (it failed, or only thought) is no turn of the conversation.
+        ``max_chars`` bounds what others wrote: an answer of ours that was longer would lock its chat for ever.
         """
         turns: list[tuple[str, Content]] = []
         for place, message in enumerate(self.messages):
@@ -55,7 +56,9 @@ class UIChat(msgspec.Struct, frozen=True):
             files = [_read_file(where, part) for part in message.parts if part.type == "file"]
             if message.role == "assistant" and not text:
                 continue
-            check_text(where, text, max_chars=max_chars, may_be_blank=message.role != "user" or bool(files))
+            ours = message.role == "assistant"
+            may_be_blank = message.role != "user" or bool(files)
+            check_text(where, text, max_chars=len(text) if ours else max_chars, may_be_blank=may_be_blank)
             if files and message.role == "user":
                 turns.append((message.role, [*files, *([{"type": "text", "text": text}] if text else [])]))
             else:
@@ -71,7 +74,7 @@ _posted = msgspec.json.Decoder(UIChat)
 def decode_ui_chat(body: bytes) -> UIChat:
     """What a chat posted. Raises InvalidRequest."""
     try:
-        return _posted.decode(body)
+        return _posted.decode(mend_surrogates(body))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise invalid_body(exc, body) from None
 

@@ -385,15 +385,39 @@ async def test_a_new_question_ends_the_answer_that_the_chat_waits_for_no_more(
     await opened(back, resume())
 
 
-async def test_another_clients_chat_of_the_same_name_is_left_alone(
+async def test_a_chat_is_its_clients(
     server: InProcess, upstream: ScriptedUpstream, connect: Connect, held: Held
 ) -> None:
-    """Names of chats are the clients' own."""
+    """Names of chats are the pages' own, and often the same for all: nobody reads, stops or replaces another's."""
+    other = b"X-Forwarded-For: 203.0.113.7\r\nHost:"
     await opened(await connect(server), ask())
-    mine = ask(user("mine")).replace(b"Host:", b"X-Forwarded-For: 203.0.113.7\r\nHost:")
-    await opened(await connect(server), mine)
+    stranger = await connect(server)
+    assert (await stranger.ask(resume().replace(b"Host:", other))).status == 204
+    assert (await stranger.ask(stop().replace(b"Host:", other))).status == 204
+    await opened(stranger, ask(user("mine")).replace(b"Host:", other))
     await asyncio.sleep(0.1)
     assert all(call.open for call in upstream.calls)
+    await opened(await connect(server), resume())
+
+
+async def test_an_answer_of_any_length_does_not_lock_its_chat(
+    server: InProcess, upstream: ScriptedUpstream, connect: Connect
+) -> None:
+    """The bound of a message is for what its client writes; what we wrote comes back with every turn."""
+    long = "x" * 40_000
+    assert (await (await connect(server)).ask(ask(user("q"), assistant(long), user("r")))).status == 200
+    assert upstream.calls[0].json["messages"][1]["content"] == long
+
+
+async def test_half_a_character_does_not_lock_its_chat(
+    server: InProcess, upstream: ScriptedUpstream, connect: Connect
+) -> None:
+    """An answer that was stopped between two deltas may end with half a surrogate pair, and comes back so."""
+    body = ask(user("q"), assistant("a\ud83d"), user("\\ud83d \U0001f600 r"))
+    assert b"\\ud83d" in body
+    assert (await (await connect(server)).ask(body)).status == 200
+    texts = [message["content"] for message in upstream.calls[0].json["messages"]]
+    assert texts == ["q", "a\ufffd", "\\ud83d \U0001f600 r"]
 
 
 async def test_a_chats_answer_is_of_its_own_language_only(server: InProcess, connect: Connect, held: Held) -> None:

@@ -361,6 +361,15 @@ async def test_a_missing_sluice_is_told_in_json(path: str, start_nginx: StartNgi
         assert (error["code"] if path.startswith("/v1/") else error) == "unavailable"
 
 
+async def test_a_missing_sluice_is_told_to_a_chat_in_words(start_nginx: StartNginx) -> None:
+    """The AI SDK shows what is refused to people, as it is."""
+    nginx = await start_nginx(free_port())
+    async with asked(nginx, "/api/chat/c1/stream") as exchange:
+        assert exchange.status == 502
+        assert exchange.headers["Content-Type"] == "text/plain; charset=utf-8"
+        assert await exchange.body() == b"The service is not available right now. Please try again."
+
+
 async def test_a_request_id_passes(upstream: ScriptedUpstream, launch: Launch, start_nginx: StartNginx) -> None:
     """One id in nginx's log, in Sluice and in the answer: the caller's if it is a fit one."""
     sluice = await launch(LLM_BASE_URL=upstream.base_url)
