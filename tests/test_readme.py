@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def test_no_setting_stands_in_the_table_that_does_not_work() -> None:
     assert named <= {option.variable for option in options()} | files | {"SLUICE_CONFIG"}
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(((?!http)[^)#]+)\)", README))
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(((?!http)[^)# ]+)[) ]", README))))
 def test_what_it_links_to_is_there(path: str) -> None:
     assert (ROOT / path).exists()
 
@@ -50,3 +51,25 @@ def test_every_error_code_is_documented() -> None:
 def test_every_folder_of_the_server_is_on_the_map() -> None:
     folders = {path.parent.name for path in Path(ROOT / "server").glob("*/__init__.py")}
     assert folders <= set(re.findall(r"^  ([a-z_]+)/ ", README, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), sorted(set(re.findall(r'\]\((tests/[a-z_/]+\.py) "([a-z_0-9]+)"\)', README)))
+)
+def test_each_mark_in_the_table_of_clients_is_a_test(path: str, name: str) -> None:
+    assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8")
+
+
+def test_the_clients_in_the_table_are_those_that_are_pinned() -> None:
+    table = set(re.findall(r"^\| `([^`]+)` ([0-9.]+)(?:, [A-Za-z]+)? \|", README, re.MULTILINE))
+    pins = json.loads((ROOT / "tests/clients/js/package.json").read_text(encoding="utf-8"))["devDependencies"]
+    published = {_published(name, pin) for name, pin in pins.items() if name != "zod"}
+    lock = (ROOT / "requirements-dev.lock").read_text(encoding="utf-8")
+    published |= set(re.findall(r"^(openai|httpx-sse)==([0-9.]+)", lock, re.MULTILINE))
+    assert table == published
+
+
+def _published(name: str, pin: str) -> tuple[str, str]:
+    """A package's own name and version, also where it is pinned under another name."""
+    package, _, version = pin.removeprefix("npm:").rpartition("@")
+    return package or name, version
