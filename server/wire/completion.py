@@ -62,10 +62,11 @@ class CompletionRequest:
         """The same, with the answer ``said`` so far, at the cost of ``spent`` LLM tokens, for its last message."""
         messages = msgspec.json.decode(self._fields["messages"], type=list[msgspec.Raw])
         messages.append(msgspec.Raw(_encoder.encode({"role": "assistant", "content": said})))
-        left = max(1, self.max_tokens - spent)
-        bounds = {name: msgspec.Raw(b"%d" % left) for name in _BOUNDS if name in self._fields}
-        fields = self._fields | bounds | {"messages": msgspec.Raw(_encoder.encode(messages))}
-        return CompletionRequest(fields, self.model, left, streamed=self.streamed)
+        fields = self._fields | {"messages": msgspec.Raw(_encoder.encode(messages))}
+        for name in _BOUNDS:
+            if (bound := bytes(fields.get(name, b"null"))) != b"null":
+                fields[name] = msgspec.Raw(b"%d" % max(1, int(bound) - spent))
+        return CompletionRequest(fields, self.model, max(1, self.max_tokens - spent), streamed=self.streamed)
 
     def encode(self, model: str) -> bytes:
         """The body for an endpoint that has ``model``: the values are the very bytes that came."""
