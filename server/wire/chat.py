@@ -27,6 +27,8 @@ __all__ = [
 MAX_MESSAGES: Final = 1000  # of one conversation; a body of 1 MiB could hold 30,000
 _MAX_ECHO: Final = 200  # characters of a client's own words in what it is told
 
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+
 # An escape in JSON; the group is there where it is half a pair without its other half.
 _ESCAPE: Final = re.compile(
     rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
@@ -95,7 +97,9 @@ def _refuse_twice(pairs: list[tuple[str, Any]]) -> None:
 def mend_surrogates(body: bytes) -> bytes:
     """JSON with U+FFFD in place of each escaped half of a surrogate pair: a page that cuts a text between the two sends
     one, and no UTF-8 can carry it on."""
-    return _ESCAPE.sub(lambda found: b"\\ufffd" if found[1] else found[0], body) if b"\\u" in body else body
+    if _SURROGATE.search(body) is None:  # which nearly all bodies are spared, whatever else they escape
+        return body
+    return _ESCAPE.sub(lambda found: b"\\ufffd" if found[1] else found[0], body)
 
 
 def invalid_body(exc: Exception, body: bytes) -> InvalidRequest:
