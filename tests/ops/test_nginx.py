@@ -361,6 +361,47 @@ async def test_a_missing_sluice_is_told_in_json(path: str, start_nginx: StartNgi
         assert (error["code"] if path.startswith("/v1/") else error) == "unavailable"
 
 
+COMPLETION = {"stream": True, "messages": [{"role": "user", "content": "hi"}]}
+UI_CHAT = {"id": "c", "messages": [{"id": "u", "role": "user", "parts": [{"type": "text", "text": "hi"}]}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/chat/completions", COMPLETION), ("/api/chat", UI_CHAT)], ids=["openai", "aisdk"]
+)
+async def test_posted_questions_stream_too(
+    path: str,
+    body: dict[str, object],
+    upstream: ScriptedUpstream,
+    launch: Launch,
+    start_nginx: StartNginx,
+    need: Need,
+) -> None:
+    """Sections 5 and 6 behind nginx: the first token is there while the second does not exist yet."""
+    seen = asyncio.Event()
+
+    async def script(call: Call) -> None:
+        await call.head()
+        await call.token("first-of-two")
+        await seen.wait()
+        await call.token("second-of-two")
+        await call.finish()
+        await call.done()
+
+    upstream.script = script
+    sluice = await launch(LLM_BASE_URL=upstream.base_url)
+    nginx = await start_nginx(sluice.url)
+    options = ["-H", "Content-Type: application/json", "--data", json.dumps(body)]
+    async with asyncio.timeout(20), curl_http2(need, nginx, path, *options) as curl:
+        lines = []
+        async for line in lines_of_curl(curl):
+            lines.append(line)
+            if "first-of-two" in line:
+                seen.set()
+    assert sum("of-two" in line for line in lines) == 2
+    assert "data: [DONE]" in lines
+    assert lines[-1] == "2 200"
+
+
 async def test_a_missing_sluice_is_told_to_a_chat_in_words(start_nginx: StartNginx) -> None:
     """The AI SDK shows what is refused to people, as it is."""
     nginx = await start_nginx(free_port())
