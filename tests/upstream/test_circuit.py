@@ -207,6 +207,19 @@ def test_a_probe_that_is_withdrawn_leaves_room_for_the_next(opened: Circuit, clo
     assert opened.state is CLOSED
 
 
+def test_it_says_when_the_next_request_is_let_through(opened: Circuit, clock: Clock) -> None:
+    """For Retry-After, where nobody else can be asked."""
+    assert Circuit(clock=clock).probed_in == 0.0
+    assert opened.probed_in == 10.0
+    clock.now += 7.5
+    assert opened.probed_in == 2.5
+    clock.now += 7.5
+    probe = enter(opened)
+    assert opened.probed_in == 0.0
+    probe.failed()
+    assert opened.probed_in == 10.0
+
+
 # ---- What says nothing about now
 
 

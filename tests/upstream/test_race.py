@@ -438,6 +438,7 @@ def test_where_all_are_left_out_nobody_is_asked() -> None:
     """SLUICE_RETRIES: all open: upstream_unreachable at once."""
     heat = Heat(left_out(), left_out()).run()
     assert isinstance(heat.failure, UpstreamUnreachable)
+    assert heat.failure.retry_after == 10
     assert heat.seconds == 0.0
     assert [lane.asked_at for lane in heat.lanes] == [None, None]
 

@@ -26,8 +26,9 @@ from server.upstream.circuit import Circuit
 from server.upstream.client import UpstreamClient, UpstreamRequest
 from server.upstream.endpoint import Endpoint
 from server.upstream.retry import RetryBudget
-from server.upstream.route import UpstreamRoute
+from server.upstream.route import RoutedRequest, UpstreamRoute
 from server.wire.chunks import Answerer, Chunk, ChunkSink, Delta, DeltaKind, Usage
+from server.wire.completion import decode_completion_request
 from tests.relay.virtual_time import VirtualTimeLoop, run
 from tests.upstream.recording import ASKED, Recording
 
@@ -357,7 +358,7 @@ class Several:
         self.asked_at.append(round(asyncio.get_running_loop().time() - self._began_at, 3))
         await self.clients[number].ask(endpoint, asked, sink)
 
-    def relay(self, model: str | None = None) -> UpstreamFailed | None:
+    def relay(self, model: str | None = None, request: RoutedRequest | None = None) -> UpstreamFailed | None:
         """One answer; returns what it failed with."""
         self.order.clear()
         self.asked_at.clear()
@@ -365,7 +366,7 @@ class Several:
 
         async def main(loop: VirtualTimeLoop) -> None:
             self._began_at = loop.time()
-            await self.route.relay(replace(ASKED, model=model), self.heard)
+            await self.route.relay(request or replace(ASKED, model=model), self.heard)
 
         try:
             run(main)
@@ -583,6 +584,25 @@ def test_where_all_are_left_out_the_answer_fails_at_once() -> None:
     assert several.order == []
 
 
+def waits_told(failures: Sequence[UpstreamFailed | None], several: Several) -> list[int | None]:
+    """The seconds that each client is told to wait, if it got no answer."""
+    assert several.route.can_ask is (failures[-1] is None)
+    return [None if failed is None else failed.retry_after for failed in failures]
+
+
+def test_while_all_are_left_out_it_is_told_when_the_first_is_asked_again(clock: Clock) -> None:
+    """For /readyz, and for Retry-After, in whole seconds, rounded up."""
+    several = Several([*[status(503)] * 5, ANSWERS], [*[ANSWERS] * 5, status(503)])
+    assert waits_told([several.relay() for _ in range(5)], several) == [None] * 5
+    clock.now += 4.5
+    asked_in(several, 5)
+    assert waits_told([several.relay()], several) == [6]
+    clock.now += 5.4
+    assert waits_told([several.relay()], several) == [1]
+    clock.now += 0.1
+    assert waits_told([several.relay()], several) == [None]
+
+
 def test_the_asked_model_is_answered_by_another_while_its_endpoint_is_left_out() -> None:
     several = Several(ANSWERS, status(503))
     for _ in range(5):
@@ -666,6 +686,24 @@ def test_an_endpoint_that_is_left_out_is_not_raced_either() -> None:
     asked_in(several, 8)
     assert several.order == [0]
     assert several.clients[1].asked == 5
+
+
+WHOLE = decode_completion_request(b'{"messages":["hi"]}', max_tokens=5)  # "stream" is false where it is absent
+
+
+def test_an_answer_that_is_not_streamed_is_not_raced() -> None:
+    """It shows no first token, so each one that takes its time would be paid for twice."""
+    several = Several(late(5.0, "first"), late(0.5, "second"), hedge_after=1.0)
+    assert several.relay(request=WHOLE) is None
+    assert several.order == [0]
+    assert several.heard.texts == ["first"]
+
+
+def test_the_silence_of_an_answer_that_is_not_streamed_leaves_nobody_out() -> None:
+    """It is as silent while it is made as where nobody makes it."""
+    several = Several(silent(), first_token_timeout=3.0)
+    assert all(isinstance(several.relay(request=WHOLE), UpstreamTimeout) for _ in range(8))
+    assert several.clients[0].asked == 8
 
 
 def test_further_requests_of_all_answers_have_one_bound(clock: Clock) -> None:

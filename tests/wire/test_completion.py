@@ -227,7 +227,7 @@ CONTINUED = [
 
 @pytest.mark.parametrize(("fields", "sent", "cost"), CONTINUED)
 def test_what_is_left_of_the_bound_is_for_who_goes_on(fields: bytes, sent: dict[str, Any], cost: int) -> None:
-    """SLUICE_RESCUE: both parts of an answer together cost no more than one; no bound is added to those that were set."""
+    """SLUICE_RESCUE: both parts of an answer cost no more than one; no bound is added to those that were set."""
     request = asked(fields).continued("so far", 10)
     body = json.loads(request.encode("m"))
     assert {name: body[name] for name in body if name.startswith("max_")} == sent
