@@ -487,12 +487,14 @@ def test_nothing_is_asked_of_another_once_a_token_was_handed_on(end: Attempt) ->
     assert several.heard.done == 0
 
 
-def test_what_an_endpoint_said_before_it_failed_is_no_part_of_the_next_ones_answer() -> None:
+BEFORE = failing(passing(), Chunk(finish_reason="length", usage=Usage(1, 2), model="old", wire=b"data: {}\n\n"))
+WHOLE_ANSWER = saying(TOKEN, Chunk(finish_reason="stop", usage=USAGE, model="second"))
+
+
+@pytest.mark.parametrize("attempts", [[BEFORE, WHOLE_ANSWER], [[BEFORE, WHOLE_ANSWER]]], ids=["next", "again"])
+def test_what_a_failed_try_said_is_no_part_of_the_answer(attempts: list[Attempt | Sequence[Attempt]]) -> None:
     """The answer names one model, one finish_reason, one usage: those of who answered."""
-    before = Chunk(finish_reason="length", usage=Usage(1, 2), model="first", wire=b"data: {}\n\n")
-    several = Several(
-        failing(passing(), before), saying(TOKEN, Chunk(finish_reason="stop", usage=USAGE, model="second"))
-    )
+    several = Several(*attempts, retries=2 - len(attempts))
     assert several.relay() is None
     assert [chunk.finish_reason for chunk in several.heard.chunks if chunk.finish_reason] == ["stop"]
     assert [chunk.usage for chunk in several.heard.chunks if chunk.usage] == [USAGE]
@@ -566,7 +568,14 @@ def test_a_stale_connection_says_nothing_of_its_endpoint() -> None:
 
 def test_an_endpoint_that_answers_and_breaks_off_is_not_left_out() -> None:
     """What became of a request is said once, and its first token was a success."""
-    assert asked_in(Several(failing(passing(), TOKEN)), 8) == [[0]] * 8
+    broken = AttemptFailed(UpstreamIncomplete(), "broke before its end", again=True, counts=True)
+    assert asked_in(Several(failing(broken, TOKEN)), 8) == [[0]] * 8
+
+
+def test_an_endpoint_that_answers_now_and_then_is_not_left_out() -> None:
+    """SLUICE_RETRIES: 5 in a row."""
+    four_and_one = [*[PASSES] * 4, ANSWERS]
+    assert asked_in(Several(four_and_one * 3), 15) == [[0]] * 15
 
 
 def test_tries_count_and_not_answers() -> None:
