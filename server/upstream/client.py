@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import Awaitable
 from types import SimpleNamespace, TracebackType
@@ -9,12 +10,11 @@ from typing import Any, Final, Protocol
 
 import aiohttp
 from multidict import CIMultiDict
-from yarl import URL
 
 from server.errors import UpstreamInvalid
 from server.upstream.attempt import AttemptFailed, failed_body, failed_connection, failed_in_stream, failed_status
 from server.upstream.body import BREAKS, read_body
-from server.upstream.direct import DirectRequest, Question, connect_directly, read_body_directly
+from server.upstream.direct import DirectRequest, DirectResponse, Question, connect_directly, read_body_directly
 from server.upstream.endpoint import Endpoint
 from server.upstream.reader import AnswerReader
 from server.upstream.resolver import DaemonResolver
@@ -61,7 +61,7 @@ class UpstreamClient:
     def __init__(self, *, connect_timeout: float, direct: bool = False) -> None:
         self._connect_timeout = connect_timeout
         self._direct = direct
-        self._heads: dict[tuple[Endpoint, bool], tuple[URL, bytes]] = {}  # of direct requests, made once
+        self._requests: dict[tuple[Endpoint, bool], DirectRequest] = {}  # made once
 
     async def __aenter__(self) -> UpstreamClient:
         # No bound of its own: admission bounds the streams, and a queue here would be a silent wait.
@@ -77,7 +77,6 @@ class UpstreamClient:
             connector=connector,
             timeout=aiohttp.ClientTimeout(total=None, connect=self._connect_timeout),
             cookie_jar=aiohttp.DummyCookieJar(),
-            request_class=DirectRequest if self._direct else aiohttp.ClientRequest,
             trace_configs=traces,
         )
         return self
@@ -99,12 +98,16 @@ class UpstreamClient:
             response = await request
             del request  # not needed while the body flows: an open stream would hold a kilobyte and more of it
             async with response:
-                await _check_head(response, endpoint, verbatim=asked.verbatim)
+                if not isinstance(response, DirectResponse):  # of which more is known already
+                    await _check_head(response, endpoint, verbatim=asked.verbatim)
                 sink.begin(Answerer(endpoint.model, read_request_id(response.headers), endpoint.name))
                 if asked.streamed:
-                    await _check_stream(response)
                     reader = AnswerReader(sink, verbatim=asked.verbatim)
-                    await (read_body_directly if self._direct else read_body)(response, reader)
+                    if isinstance(response, DirectResponse):
+                        await read_body_directly(response, reader)
+                    else:
+                        await _check_stream(response)
+                        await read_body(response, reader)
                 else:
                     sink.end([await _read_completion(response)])
         except AttemptFailed as failed:
@@ -129,11 +132,11 @@ class UpstreamClient:
 
     def _post_directly(self, endpoint: Endpoint, asked: UpstreamRequest) -> tuple[_Request, _Sent]:
         kind = (endpoint, asked.streamed)
-        if kind not in self._heads:
-            self._heads[kind] = endpoint.url, _head_to(endpoint, streamed=asked.streamed)
-        url, head = self._heads[kind]
-        question = Question(head, asked.encode(endpoint.model))
-        return self._session.post(url, data=question, allow_redirects=False), question
+        if kind not in self._requests:
+            head = _head_to(endpoint, streamed=asked.streamed)
+            self._requests[kind] = DirectRequest(endpoint.url, head, asyncio.get_running_loop())
+        question = Question(asked.encode(endpoint.model))
+        return self._requests[kind].ask(self._session, question), question
 
 
 class _Sent(Protocol):
@@ -142,7 +145,8 @@ class _Sent(Protocol):
     reused: bool  # it went out on a connection that had brought an answer before
 
 
-_Request = Awaitable[aiohttp.ClientResponse]
+_Response = aiohttp.ClientResponse | DirectResponse
+_Request = Awaitable[_Response]
 
 
 def _headers_to(endpoint: Endpoint, *, streamed: bool) -> CIMultiDict[str]:
@@ -200,9 +204,9 @@ async def _failed_json(response: aiohttp.ClientResponse) -> AttemptFailed:
     return AttemptFailed(UpstreamInvalid(), "a JSON body instead of an event stream")
 
 
-async def _read_completion(response: aiohttp.ClientResponse) -> Chunk:
+async def _read_completion(response: _Response) -> Chunk:
     """The whole of a completion that was not streamed. Raises AttemptFailed where it is none."""
-    if not is_json(media_type_of(response)):
+    if isinstance(response, DirectResponse) or not is_json(media_type_of(response)):
         raise AttemptFailed(UpstreamInvalid(), "not JSON")
     body = bytearray()
     try:

@@ -1,37 +1,61 @@
-"""The short way of an answer's body: from aiohttp's connection straight to its reader (``SLUICE_FAST_PATH=auto``).
+"""The short way to an answer: its head and its body straight from the connection (``SLUICE_FAST_PATH=auto``).
 
-On the usual way each read of the network passes aiohttp's parser and its stream, and wakes the task that waits for it:
-a third of what a token costs. Here the body of a chunked event stream leaves that way behind its head: the connection
-takes the chunks off by itself and calls the reader. The head, every other kind of response, the last chunk and whatever
-is not as it should be stay aiohttp's, and so do pooling, TLS, DNS and time-outs.
+On the usual way a request passes aiohttp's session, and each read of the network its parser, its stream, and the task
+that waits for it: a third of what a token costs, and of what a short answer costs. Here the head of a chunked event
+stream, as nearly all endpoints send it, is read by the connection itself, which takes the chunks off and calls the
+reader. Every other kind of response, and whatever is not as it should be, is aiohttp's from its first byte on; so are
+pooling, TLS, DNS and time-outs.
 
 It leans on names of aiohttp that are not documented: the connector's ``_factory``, the class that it makes, and what
-that class calls when a response has come. :func:`works` tries at start whether they behave as they do in the version
-that is pinned; where they do not, the usual way is taken.
+that class does with bytes. :func:`works` tries at start whether they behave as they do in the version that is pinned;
+where they do not, the usual way is taken.
 """
 
 from __future__ import annotations
 
 import asyncio
-from functools import partial
-from types import SimpleNamespace
+import re
+from functools import cached_property, partial
+from types import SimpleNamespace, TracebackType
 from typing import Any, Final, Protocol
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
+from aiohttp.client_reqrep import ConnectionKey
 from aiohttp.connector import Connection
 from multidict import CIMultiDict
 from yarl import URL
 
-from server.upstream.body import finish_body, read_body
+from server.upstream.attempt import failed_body
+from server.upstream.body import AFTER_DONE_TIMEOUT, MAX_AFTER_DONE, read_on
 from server.upstream.reader import AnswerReader
 from server.wire.chunked import ChunkedBody
 
-__all__ = ["DirectConnection", "DirectRequest", "Question", "connect_directly", "read_body_directly", "works"]
+__all__ = [
+    "DirectConnection",
+    "DirectRequest",
+    "DirectResponse",
+    "Question",
+    "connect_directly",
+    "read_body_directly",
+    "works",
+]
 
 # Bytes that are handed on before other streams get their turn: half a millisecond of work, or two where every event has
 # to be decoded. libuv reads up to eight megabytes in one go from a socket that is always full.
 _AT_ONCE: Final = 32 << 10
+
+# Heads in which nothing is to be settled (RFC 9112 §2.2, §5): no line is folded, ends with LF alone, or holds controls.
+_LINES: Final = re.compile(
+    rb"HTTP/1\.1 [0-9]{3}(?: [\t -~\x80-\xff]*)?\r\n(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t -~\x80-\xff]*\r\n)*"
+)
+_BEGUN_LINE: Final = re.compile(rb"[\t -~\x80-\xff]*\r?")
+_FIELD: Final = re.compile(r"([^:\r\n]+):[\t ]*([^\r\n]*?)[\t ]*\r\n")
+_VERSION: Final = b"HTTP/1.1 "
+_MAX_HEAD: Final = 8000  # bytes; aiohttp has bounds for larger ones
+_MAX_FIELDS: Final = 100  # likewise
+
+_LAST_CHUNK: Final = b"0\r\n\r\n"
 
 
 class BodyReceiver(Protocol):
@@ -41,11 +65,11 @@ class BodyReceiver(Protocol):
         """The next bytes of it. Must not raise."""
 
     def wake(self) -> None:
-        """The body has ended, or its connection is gone."""
+        """The body has ended, aiohttp has the rest of it, or its connection is gone."""
 
 
 class DirectConnection(ResponseHandler):
-    """aiohttp's protocol of one connection to an endpoint, with the short way for bodies.
+    """aiohttp's protocol of one connection to an endpoint, with the short way for answers.
 
     What comes of a body waits for the receiver to be attached; a lot of it, and the network is read no further.
     """
@@ -53,125 +77,157 @@ class DirectConnection(ResponseHandler):
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop=loop)
         self.requests = 0  # that this connection has been used for
-        self._in_head = False
-        self._head_end = b""  # the last bytes of the head so far: its end may be cut
+        self.usual = False  # the response, or the rest of it, is aiohttp's
+        self._head = b""  # of the response, as far as it has come
+        self._waits: asyncio.Future[None] | None = None  # for the head
         self._body: ChunkedBody | None = None  # while the short way is open
-        self._usual = True  # no head has come that opens it
-        self._content: aiohttp.StreamReader | None = None
+        self._answering = False  # a response is on its way
         self._receiver: BodyReceiver | None = None
         self._backlog = b""  # what is not handed on yet, as it came
         self._held = False  # reading is paused, as there is enough of that
 
     @property
-    def open_to_receivers(self) -> bool:
-        """Whether the body that is on its way can take the short way."""
+    def receiving(self) -> bool:
+        """Whether there is more to come of a body on the short way."""
         return self._body is not None
+
+    @property
+    def should_close(self) -> bool:
+        """Whether it cannot be used again."""
+        return self._answering or bool(self._backlog) or super().should_close
+
+    def begin(self) -> None:
+        """A request is about to be sent."""
+        self.requests += 1
+        self._forget()
+        self._answering = True
+
+    async def head(self) -> bytes:
+        """Wait for the response's head, and return it if the body takes the short way; else empty. Raises what broke
+        the connection."""
+        if self._body is None and not self.usual and self.exception() is None:
+            self._waits = self._loop.create_future()
+            try:
+                await self._waits
+            finally:
+                self._waits = None
+        if self._body is not None:
+            return self._head
+        if not self.usual:
+            raise self.exception() or aiohttp.ServerDisconnectedError
+        return b""
 
     def attach(self, receiver: BodyReceiver) -> None:
         """Hand the body to ``receiver``, what has come of it at once, and tell it of the connection's end."""
         self._receiver = receiver
-        self._go_on()
+        if self.transport is None:
+            self._take_last()
+        else:
+            self._go_on()
 
     def detach(self, receiver: BodyReceiver) -> None:
         """Hand it nothing more. The connection may serve somebody else by now."""
         if self._receiver is receiver:
             self._receiver = None
 
-    # ---- What aiohttp calls
-
-    def set_response_params(self, **params: Any) -> None:
-        """A request is about to be sent."""
-        self.requests += 1
-        self._in_head = True
-        self._head_end = b""
-        self._forget_body()
-        super().set_response_params(**params)
-
-    def feed_data(self, data: Any, size: int = 0) -> None:
-        """A head has come, with the stream that its body would go into."""
-        message, content = data
-        if message.code >= 200 or message.code == 101:
-            self._in_head = False
-            type_ = message.headers.get("Content-Type", "").lower()
-            streams = message.code == 200 and message.chunked and type_.startswith("text/event-stream")
-            self._usual = not streams or bool(message.compression)
-            self._content = content
-        super().feed_data(data, size)
+    # ---- What the loop and aiohttp call
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the network, or none where aiohttp resumes reading."""
-        if self._body is None:
-            if self._in_head:
-                self._take_head(data)
-            else:
-                super().data_received(data)
-        elif not data:
-            super().data_received(data)
-        elif self._receiver is None or self._backlog:
+        if self._backlog:
             self._put_off(data)
-        elif len(data) > _AT_ONCE:
-            self._put_off(data[_AT_ONCE:])
-            self._loop.call_soon(self._go_on)
-            self._take_body(self._body, data[:_AT_ONCE])
-        else:
-            self._take_body(self._body, data)
+        elif self._body is not None:
+            if self._receiver is None:
+                self._put_off(data)
+            elif len(data) > _AT_ONCE:
+                self._put_off(data[_AT_ONCE:])
+                self._loop.call_soon(self._go_on)
+                self._take_body(self._body, data[:_AT_ONCE])
+            else:
+                self._take_body(self._body, data)
+        elif self.usual:
+            super().data_received(data)
+        elif self._answering:
+            self._take_head(self._head + data)
+        elif data:  # nobody has asked for anything
+            self.close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The connection is gone; what came before that counts."""
-        body, data, self._backlog = self._body, self._backlog, b""
-        if body is not None and data:
-            if self._receiver is None and self._content is not None:
-                self._content.begin_http_chunk_receiving()
-            self._take_body(body, data)
-        receiver = self._receiver
-        self._forget_body()
         super().connection_lost(exc)
-        if receiver is not None:
-            receiver.wake()
+        if self._receiver is not None:
+            self._take_last()
+        self._tell()
 
     def close(self) -> None:
         """aiohttp wants no more of it."""
-        self._forget_body()
+        self._forget()
         super().close()
 
     def abort(self) -> None:
         """Likewise, at once."""
-        self._forget_body()
+        self._forget()
         super().abort()
 
     # ---- The way of the bytes
 
     def _take_head(self, data: bytes) -> None:
-        """Give aiohttp the head, exactly, so that its parser stands where the body begins."""
-        while data and self._in_head:
-            seen = self._head_end + data
-            place = seen.find(b"\r\n\r\n")
-            if place < 0:
-                self._head_end = seen[-3:]
-                super().data_received(data)
-                return
-            cut = place + 4 - len(self._head_end)
-            self._head_end = b""
-            self._usual = True
-            super().data_received(data[:cut])
-            data = data[cut:]
-            if self.exception() is not None:
-                return
-        if not self._usual:
+        self._head = data
+        end = data.find(b"\r\n\r\n") + 4
+        if end < 4:
+            if len(data) > _MAX_HEAD or not _begins_head(data):
+                self._leave_to_aiohttp(data)
+        elif end > _MAX_HEAD or _LINES.fullmatch(data, 0, end - 2) is None:
+            self._leave_to_aiohttp(data)
+        elif data.startswith(b"HTTP/1.1 1") and not data.startswith(b"HTTP/1.1 101"):
+            self._head = b""  # only an interim response (RFC 9110 §15.2)
+            if len(data) > end:
+                self._take_head(data[end:])
+        elif not _opens_stream(data[:end]):
+            self._leave_to_aiohttp(data)
+        else:
+            self._head = data[:end]
             self._body = ChunkedBody()
-        if data:
-            self.data_received(data)
+            self._tell()
+            if len(data) > end:
+                self.data_received(data[end:])
 
     def _take_body(self, body: ChunkedBody, data: bytes) -> None:
         payload = body.feed(data)
-        if payload:
-            if self._receiver is not None:
-                self._receiver.receive(payload)
-            elif self._content is not None:
-                self._content.feed_data(payload)
+        if payload and self._receiver is not None:
+            self._receiver.receive(payload)
         if body.rest is not None and self._body is body:
             self._body = None
-            super().data_received(body.rest)
+            if body.rest == _LAST_CHUNK:
+                self._answering = False
+                self._tell()
+            else:
+                self._leave_to_aiohttp(self._head)
+                super().data_received(body.rest)
+
+    def _take_last(self) -> None:
+        """Take what came before the connection was lost."""
+        data, self._backlog = self._backlog, b""
+        if self._body is not None and data:
+            self._take_body(self._body, data)
+        self._body = None
+        self._tell()
+
+    def _leave_to_aiohttp(self, data: bytes) -> None:
+        """Let aiohttp have the response from its head on; what has been taken of a body before is not part of it."""
+        self.usual = True
+        self._answering = False  # aiohttp knows how far it is
+        self._head = b""
+        self.set_response_params(read_until_eof=True)
+        super().data_received(data)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Wake who waits."""
+        if self._waits is not None and not self._waits.done():
+            self._waits.set_result(None)
+        if self._receiver is not None and self._body is None:
+            self._receiver.wake()
 
     def _put_off(self, data: bytes) -> None:
         self._backlog += data
@@ -187,12 +243,39 @@ class DirectConnection(ResponseHandler):
             self._held = False
             self.transport.resume_reading()
 
-    def _forget_body(self) -> None:
+    def _forget(self) -> None:
+        self.usual = False
+        self._head = b""
         self._body = None
-        self._usual = True
-        self._content = None
         self._receiver = None
         self._backlog = b""
+
+
+def _begins_head(data: bytes) -> bool:
+    """Whether ``data`` may become a head in which nothing is to be settled."""
+    whole = data.rfind(b"\r\n") + 2
+    if whole < 2:
+        return data.startswith(_VERSION[: len(data)]) and _BEGUN_LINE.fullmatch(data) is not None
+    return _LINES.fullmatch(data, 0, whole) is not None and _BEGUN_LINE.fullmatch(data, whole) is not None
+
+
+def _read_fields(head: bytes) -> CIMultiDict[str]:
+    text = head.decode("utf-8", "surrogateescape")  # as aiohttp does
+    return CIMultiDict(_FIELD.findall(text, text.index("\n") + 1))
+
+
+def _opens_stream(head: bytes) -> bool:
+    """Whether a chunked event stream follows, and nothing else is said of the connection or the body's coding."""
+    if not head.startswith(b"HTTP/1.1 200") or head.count(b"\n") > _MAX_FIELDS:
+        return False
+    fields = _read_fields(head)
+    return (
+        [coding.lower() for coding in fields.getall("Transfer-Encoding", ())] == ["chunked"]
+        and [type_.partition(";")[0].strip().lower() for type_ in fields.getall("Content-Type", ())]
+        == ["text/event-stream"]
+        and fields.get("Connection", "keep-alive").lower() == "keep-alive"
+        and not ("Content-Length" in fields or "Content-Encoding" in fields or "Upgrade" in fields)
+    )
 
 
 def connect_directly(connector: aiohttp.TCPConnector) -> None:
@@ -207,16 +290,20 @@ class _Receiver:
     """Takes a body for ``reader``; ``turn`` is done when there is something for the task that waits: the end of the
     body or of the connection, ``[DONE]``, or a ``failure``."""
 
-    __slots__ = ("_reader", "failure", "turn")
+    __slots__ = ("_left", "_reader", "failure", "turn")
 
     def __init__(self, reader: AnswerReader) -> None:
         self._reader = reader
+        self._left = MAX_AFTER_DONE
         self.failure: Exception | None = None
         self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def receive(self, payload: bytes) -> None:
         """The next bytes of it. The hot path."""
         if self._reader.over or self.failure is not None:
+            self._left -= len(payload)
+            if self._left < 0:
+                self.wake()
             return
         try:
             over = self._reader.feed(payload)
@@ -231,26 +318,37 @@ class _Receiver:
         if not self.turn.done():
             self.turn.set_result(None)
 
+    async def wait_past_done(self) -> None:
+        """Wait a moment for the little that may follow, so that the connection can be used again."""
+        self.turn = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(AFTER_DONE_TIMEOUT):
+                await self.turn
+        except TimeoutError:
+            pass
 
-async def read_body_directly(response: aiohttp.ClientResponse, reader: AnswerReader) -> None:
-    """As :func:`server.upstream.body.read_body`, by the short way where the response allows it."""
-    # None where the whole response has come already.
-    connection: object = None if response.connection is None else response.connection.protocol
-    if isinstance(connection, DirectConnection) and connection.open_to_receivers:
-        await _receive_body(connection, response.content, reader)
-    else:
-        await read_body(response, reader)
 
-
-async def _receive_body(connection: DirectConnection, content: aiohttp.StreamReader, reader: AnswerReader) -> None:
+async def read_body_directly(response: DirectResponse, reader: AnswerReader) -> None:
+    """As :func:`server.upstream.body.read_body`, by the short way."""
+    connection = response.begin_body()
     receiver = _Receiver(reader)
-    content.on_eof(receiver.wake)
     try:
         connection.attach(receiver)
         await receiver.turn
         if receiver.failure is not None:
             raise receiver.failure
-        await finish_body(content, reader)
+        if reader.over and connection.receiving:
+            await receiver.wait_past_done()
+        if connection.usual:
+            _, content = await connection.read()
+            await read_on(connection, content, reader)
+        elif reader.over:
+            pass
+        elif reader.finished:
+            reader.end()
+        else:
+            broken = connection.exception()
+            raise failed_body(broken) from broken
     finally:
         connection.detach(receiver)
 
@@ -259,72 +357,118 @@ async def _receive_body(connection: DirectConnection, content: aiohttp.StreamRea
 
 
 class Question:
-    """The body of a request, and what became of the request while it was sent.
+    """What is asked of an endpoint once: the request's ``body``, and whether it was ``reused``: whether it went out on
+    a connection that had brought an answer before."""
 
-    ``head`` is the request line and the headers but for the body's length, ready to be sent.
-    """
+    __slots__ = ("body", "reused")
 
-    __slots__ = ("body", "head", "reused")
-
-    def __init__(self, head: bytes, body: bytes) -> None:
-        self.head = head
+    def __init__(self, body: bytes) -> None:
         self.body = body
-        self.reused = False  # it went out on a connection that had brought an answer before
+        self.reused = False
 
 
 class DirectRequest(aiohttp.ClientRequest):
-    """A request whose bytes stand ready: nothing is left to be made of headers, cookies or payloads, and head and body
-    go out in one write. For ``ClientSession(request_class=…)``, with a :class:`Question` for data."""
+    """The request to one endpoint, for all questions: to aiohttp's connector, where to connect; to the endpoint, bytes
+    that stand ready. Nothing is left to be made of headers, cookies or payloads, and head and body go out in one write.
 
-    def __init__(
-        self,
-        method: str,
-        url: URL,
-        *,
-        data: Question,
-        loop: asyncio.AbstractEventLoop,
-        ssl: Any,
-        response_class: type[aiohttp.ClientResponse] = aiohttp.ClientResponse,
-        timer: Any = None,
-        session: Any = None,
-        **_: Any,
-    ) -> None:
-        self.method = method
+    ``head`` is the request line and the headers up to the number of bytes that the body has.
+    """
+
+    def __init__(self, url: URL, head: bytes, loop: asyncio.AbstractEventLoop) -> None:
+        self.method = "POST"
         self.url = self.original_url = url
         self.headers = CIMultiDict()  # of what its errors tell: nothing of ours
         self.loop = loop
-        self.response_class = response_class
         self.proxy = self.proxy_auth = self.proxy_headers = None
         self.server_hostname = None
-        self._question = data
-        self._timer = timer
-        self._session = session
-        self._ssl = ssl
+        self._head = head
+        self._ssl = True
 
-    async def send(self, conn: Connection) -> aiohttp.ClientResponse:
-        """Send it on ``conn``; the response is yet to come."""
-        connection, question = conn.protocol, self._question
-        if connection is None or connection.transport is None:
-            raise aiohttp.ClientConnectionResetError("the connection is gone")
-        if isinstance(connection, DirectConnection):
-            question.reused = connection.requests > 1
-        connection.transport.write(b"%b%d\r\n\r\n%b" % (question.head, len(question.body), question.body))
-        question.body = b""  # a question is asked once
-        return self.response_class(
+    @cached_property
+    def connection_key(self) -> ConnectionKey:
+        """Which connections serve it."""
+        return super().connection_key
+
+    async def ask(self, session: aiohttp.ClientSession, question: Question) -> aiohttp.ClientResponse | DirectResponse:
+        """Send ``question`` and wait for the response's head. Raises aiohttp.ClientError."""
+        connector = session.connector
+        if connector is None:
+            raise RuntimeError("the session is closed")
+        try:
+            connection = await connector.connect(self, [], session.timeout)
+        except TimeoutError as exc:
+            raise aiohttp.ConnectionTimeoutError(f"no connection to {self.url.host} in time") from exc
+        try:
+            protocol = connection.protocol
+            if not isinstance(protocol, DirectConnection) or protocol.transport is None:
+                raise aiohttp.ClientConnectionResetError("the connection is gone")
+            protocol.begin()
+            question.reused = protocol.requests > 1
+            protocol.transport.write(b"%b%d\r\n\r\n%b" % (self._head, len(question.body), question.body))
+            question.body = b""  # a question is asked once
+            if head := await protocol.head():
+                return DirectResponse(connection, protocol, head)
+            response = self._response(session)
+            try:
+                return await response.start(connection)
+            except BaseException:
+                response.close()
+                raise
+        except BaseException:
+            connection.close()
+            raise
+
+    def _response(self, session: aiohttp.ClientSession) -> aiohttp.ClientResponse:
+        return aiohttp.ClientResponse(
             self.method,
             self.url,
             writer=None,
             continue100=None,
-            timer=self._timer,
+            timer=_NO_TIMER,
             request_info=self.request_info,
             traces=[],
             loop=self.loop,
-            session=self._session,
+            session=session,
             stream_writer=_NOTHING_SENT,
         )
 
 
 _NOTHING_SENT: Final[Any] = SimpleNamespace(output_size=0)
+_NO_TIMER: Final[Any] = None
+
+
+class DirectResponse:
+    """A response whose body takes the short way: as much of aiohttp's as its user needs. A context manager that gives
+    its connection back, or closes it where there is more to come."""
+
+    __slots__ = ("_connection", "_head", "_headers", "_protocol")
+
+    status: Final = 200
+
+    def __init__(self, connection: Connection, protocol: DirectConnection, head: bytes) -> None:
+        self._connection = connection
+        self._protocol = protocol
+        self._head = head
+        self._headers: CIMultiDict[str] | None = None
+
+    @property
+    def headers(self) -> CIMultiDict[str]:
+        if self._headers is None:
+            self._headers = _read_fields(self._head)
+        return self._headers
+
+    def begin_body(self) -> DirectConnection:
+        """Who brings the body. While that flows the headers are not held: a kilobyte of an open stream."""
+        self._headers = None
+        return self._protocol
+
+    async def __aenter__(self) -> DirectResponse:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._connection.release()
 
 
 # ---- Whether it works
@@ -352,6 +496,9 @@ async def works() -> bool:
         return False
 
 
+_TRIED_HEAD: Final = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
 async def _try() -> bool:
     loop = asyncio.get_running_loop()
     connector = aiohttp.TCPConnector()
@@ -361,26 +508,56 @@ async def _try() -> bool:
     await connector.close()
     if type(usual) is not ResponseHandler or not isinstance(connection, DirectConnection):
         return False
-    tried = _Tried()
     connection.connection_made(_NoTransport())
-    connection.set_response_params(read_until_eof=True)
-    connection.data_received(
-        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n6\r\nbefore"
-    )
-    message, content = await connection.read()
-    connection.attach(tried)
-    content.on_eof(tried.wake)
-    connection.data_received(b"\r\n6\r\nbehind\r\n0\r")
-    connection.data_received(b"\n\r\n")
     url = URL("http://localhost:1/v1")
     with_payload = aiohttp.ClientRequest("POST", url, data=b"", loop=loop)
-    ready = DirectRequest("POST", url, data=Question(b"", b""), loop=loop, ssl=True)
+    ready = DirectRequest(url, b"", loop)
     return (
-        message.code == 200
-        and tried.received == b"beforebehind"
+        await _takes_short_way(connection)
+        and await _takes_usual_way(connection)
+        and await _takes_short_way(connection)
+        and ready.connection_key == with_payload.connection_key
+    )
+
+
+async def _takes_short_way(connection: DirectConnection) -> bool:
+    tried = _Tried()
+    connection.begin()
+    connection.data_received(_TRIED_HEAD + b"6\r\nbefore")
+    head = await connection.head()
+    connection.attach(tried)
+    connection.data_received(b"\r\n6\r\nbehind\r\n0\r\n\r\n")
+    connection.detach(tried)
+    return head == _TRIED_HEAD and tried.received == b"beforebehind" and tried.ended and not connection.should_close
+
+
+async def _takes_usual_way(connection: DirectConnection) -> bool:
+    """From the head on, and for the end of a body that has more to say."""
+    tried = _Tried()
+    connection.begin()
+    connection.data_received(b"HTTP/1.1 500 Oh\r\nContent-Length: 2\r\n\r\n")
+    head = await connection.head()
+    message, content = await connection.read()
+    connection.data_received(b"no")
+    said = await content.read()
+    usable = not connection.should_close
+    connection.begin()
+    connection.data_received(_TRIED_HEAD + b"6\r\nbefore\r\n0;x\r\n")
+    connection.attach(tried)
+    _, rest = await connection.read()
+    ended_early = rest.is_eof()
+    connection.data_received(b"\r\n")
+    connection.detach(tried)
+    return (
+        head == b""
+        and message.code == 500
+        and said == b"no"
+        and usable
+        and not ended_early
+        and rest.is_eof()
+        and tried.received == b"before"
         and tried.ended
         and not connection.should_close
-        and ready.connection_key == with_payload.connection_key
     )
 
 

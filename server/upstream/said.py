@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import aiohttp
 from yarl import URL
@@ -39,6 +39,15 @@ _REDACTED: Final = "…"
 _CONTEXT_EXCEEDED: Final = "context_length_exceeded"
 
 
+class Headed(Protocol):
+    """A response's head, by whichever way it came."""
+
+    @property
+    def status(self) -> int: ...
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+
 async def hear(response: aiohttp.ClientResponse, endpoint: Endpoint) -> Said:
     """What a response that is no answer says, its body included."""
     return _make_fit(await read_json(response), response.status, response.headers, endpoint)
@@ -49,7 +58,7 @@ def overhear(response: aiohttp.ClientResponse, endpoint: Endpoint) -> Said:
     return _make_fit(None, response.status, response.headers, endpoint)
 
 
-def said_in_stream(error: Any, response: aiohttp.ClientResponse, endpoint: Endpoint) -> Said:
+def said_in_stream(error: Any, response: Headed, endpoint: Endpoint) -> Said:
     """What an error object inside a stream says."""
     return _make_fit({"error": error}, response.status, response.headers, endpoint)
 

@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 from aiohttp.client_proto import ResponseHandler
 
+from server.upstream import client as client_module
 from server.upstream import direct
 from server.upstream.attempt import AttemptFailed
 from server.upstream.body import read_body
@@ -51,18 +52,18 @@ class Ways:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.short = 0
         self.usual = 0
-        receive_body = direct._receive_body
+        read_body_directly = direct.read_body_directly
 
         async def short(*arguments: Any) -> None:
             self.short += 1
-            await receive_body(*arguments)
+            await read_body_directly(*arguments)
 
         async def usual(*arguments: Any) -> None:
             self.usual += 1
             await read_body(*arguments)
 
-        patch.setattr(direct, "_receive_body", short)
-        patch.setattr(direct, "read_body", usual)
+        patch.setattr(client_module, "read_body_directly", short)
+        patch.setattr(client_module, "read_body", usual)
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def _do_nothing(*_: Any, **__: Any) -> None:
     pass
 
 
-@pytest.mark.parametrize("name", ["feed_data", "set_response_params", "data_received"])
+@pytest.mark.parametrize("name", ["head", "set_response_params", "data_received"])
 @pytest.mark.parametrize("instead", [_raise, _do_nothing], ids=["raises", "does nothing"])
 async def test_it_does_not_work_where_a_connection_behaves_otherwise(
     monkeypatch: pytest.MonkeyPatch, name: str, instead: Any
@@ -128,11 +129,10 @@ async def test_a_head_may_be_cut_anywhere(cut: int) -> None:
     """Also inside the blank line at its end. No sockets: one byte at the wrong place would come with its neighbours."""
     connection, taken = DirectConnection(asyncio.get_running_loop()), Taken()
     connection.connection_made(Idle())
-    connection.set_response_params(read_until_eof=True)
+    connection.begin()
     connection.data_received(HEAD[:cut])
     connection.data_received(HEAD[cut:] + framed(b"hello"))
-    await connection.read()
-    assert connection.open_to_receivers
+    assert await connection.head() == HEAD
     connection.attach(taken)
     connection.data_received(framed(b"you") + LAST)
     assert taken.payload == b"helloyou"
@@ -251,6 +251,72 @@ async def test_other_bodies_take_the_usual_way(
     assert ways.short == 1, "the next answer may be another kind of body"
 
 
+async def waiting() -> DirectConnection:
+    """A connection on which a request has been sent."""
+    connection = DirectConnection(asyncio.get_running_loop())
+    connection.connection_made(Idle())
+    connection.begin()
+    return connection
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        HEAD.replace(b"1.1", b"1.0"),
+        HEAD.replace(b"200 OK", b"201 Created"),
+        HEAD.replace(b"event-stream", b"html"),
+        HEAD.replace(b"chunked", b"gzip, chunked"),
+        HEAD.replace(b"chunked", b"chunked\r\n folded: on"),
+        HEAD.replace(b"chunked", b"chunked\nX-Lone: LF"),
+        HEAD.replace(b"chunked", b"chunked\r\nTransfer-Encoding: chunked"),
+        HEAD.replace(b"chunked", b"chunked\r\nContent-Type: text/plain"),
+        HEAD.replace(b"chunked", b"chunked\r\nContent-Length: 5"),
+        HEAD.replace(b"chunked", b"chunked\r\nContent-Encoding: gzip"),
+        HEAD.replace(b"chunked", b"chunked\r\nConnection: close"),
+        HEAD.replace(b"chunked", b"chunked\r\nX-Control: \x01"),
+        HEAD.replace(b"chunked", b"chunked\r\nno field"),
+        HEAD.replace(b"chunked", b"chunked\r\nX-Long: " + b"x" * 9000),
+        HEAD.replace(b"chunked", b"chunked" + b"\r\nX-Many: x" * 120),
+    ],
+)
+@pytest.mark.parametrize("cut", [1, 12, 40, 1 << 16])
+async def test_a_head_in_which_something_is_to_be_settled_is_aiohttps(head: bytes, cut: int) -> None:
+    connection = await waiting()
+    for piece in (head[:cut], head[cut:]):
+        if piece:
+            connection.data_received(piece)
+    assert await connection.head() == b""
+    assert connection.usual
+
+
+@pytest.mark.parametrize("garbage", [b"S", b"HTTP/1.x", b"HTTP/1.1 200 OK\r\nA: b\nC"])
+async def test_what_will_never_be_a_head_is_not_waited_for(garbage: bytes) -> None:
+    connection = await waiting()
+    connection.data_received(garbage)
+    assert connection.usual, "aiohttp says what is wrong with it"
+
+
+async def test_a_head_keeps_its_fields() -> None:
+    connection = await waiting()
+    head = HEAD[:-2] + b"X-Request-Id:  r\xc3\xa9-1 \t\r\nX-Empty:\r\n\r\n"
+    connection.data_received(head)
+    response = direct.DirectResponse(cast("Any", None), connection, await connection.head())
+    assert response.headers["x-request-id"] == "ré-1"
+    assert response.headers["X-Empty"] == ""
+    assert response.headers["content-type"] == "text/event-stream"
+    assert len(response.headers) == 4
+
+
+async def test_what_comes_unasked_closes_the_connection(client: UpstreamClient, upstream: ScriptedUpstream) -> None:
+    """It would be taken for the next question's answer."""
+    await ask(client, upstream)
+    await upstream.calls[0].send(HEAD + framed(BODY) + LAST)
+    await asyncio.sleep(0.02)
+    upstream.script = answer(["other"])
+    assert (await ask(client, upstream)).texts == ["other"]
+    assert upstream.connections == 2
+
+
 # ---- Much at once
 
 
@@ -327,18 +393,18 @@ class Taken:
         self.woken += 1
 
 
-async def opened() -> tuple[DirectConnection, Idle, aiohttp.StreamReader]:
+async def opened() -> tuple[DirectConnection, Idle]:
     """A connection on which the head of an answer has come."""
     connection, transport = DirectConnection(asyncio.get_running_loop()), Idle()
     connection.connection_made(transport)
-    connection.set_response_params(read_until_eof=True)
+    connection.begin()
     connection.data_received(HEAD)
-    _, content = cast("tuple[Any, aiohttp.StreamReader]", await connection.read())
-    return connection, transport, content
+    assert await connection.head() == HEAD
+    return connection, transport
 
 
 async def test_much_that_comes_before_anybody_takes_it_is_kept_and_the_network_read_no_further() -> None:
-    connection, transport, _ = await opened()
+    connection, transport = await opened()
     pieces = [bytes([number]) * 1000 for number in range(100)]
     for piece in pieces:
         connection.data_received(framed(piece))
@@ -352,25 +418,27 @@ async def test_much_that_comes_before_anybody_takes_it_is_kept_and_the_network_r
     assert taken.payload.endswith(b"more")
 
 
-async def test_a_connection_that_breaks_before_anybody_takes_its_bytes_gives_them_to_aiohttp() -> None:
-    connection, _, content = await opened()
+async def test_a_connection_that_breaks_before_anybody_takes_its_bytes_keeps_them() -> None:
+    connection, _ = await opened()
+    taken = Taken()
     connection.data_received(framed(b"hello"))
     connection.connection_lost(ConnectionResetError())
-    assert content._read_nowait(-1) == b"hello"
-    assert content.exception() is not None
-    assert not connection.open_to_receivers
+    connection.attach(taken)
+    assert (taken.payload, taken.woken) == (b"hello", 1)
+    assert connection.exception() is not None
+    assert not connection.receiving
 
 
 async def test_a_connection_that_breaks_with_bytes_waiting_gives_them_first() -> None:
-    connection, _, content = await opened()
+    connection, _ = await opened()
     taken = Taken()
     connection.attach(taken)
     connection.data_received(b"".join([framed(b"x" * 1000)] * 100))
     assert len(taken.payload) < 100_000
     connection.connection_lost(ConnectionResetError())
     assert taken.payload == b"x" * 100_000
-    assert taken.woken == 1
-    assert content.exception() is not None
+    assert taken.woken
+    assert connection.exception() is not None
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert len(taken.payload) == 100_000
