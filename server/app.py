@@ -14,6 +14,7 @@ from server.api import direct_write
 from server.api.admin import add_admin_routes
 from server.api.aisdk import chat, resume_chat, stop_chat
 from server.api.browser import ask, create_stream, stop_stream, view_stream
+from server.api.heads import stamp
 from server.api.keys import (
     BUCKETS,
     CHATS,
@@ -21,10 +22,7 @@ from server.api.keys import (
     DESK,
     FAST_PATH,
     LLM_TOKENS,
-    REQUEST_ID,
-    SENT_STATUS,
     SETTINGS,
-    UPSTREAM_REQUEST_ID,
     Chats,
 )
 from server.api.middleware.checks import checking
@@ -37,9 +35,8 @@ from server.api.middleware.origin import (
     allowed_methods,
     check_origin,
     complete_cors,
-    is_api,
 )
-from server.api.middleware.rate_limit import limit_rate, rate_limit_headers
+from server.api.middleware.rate_limit import limit_rate
 from server.api.middleware.request_id import name_request
 from server.api.middleware.request_log import log_request
 from server.api.openai import complete, list_models, show_model
@@ -93,7 +90,7 @@ def create_app(
         app[LLM_TOKENS] = TokenBuckets(settings.token_limit)
     app[CHATS] = Chats()
     app.cleanup_ctx.append(_open_relay)
-    app.on_response_prepare.append(_stamp)
+    app.on_response_prepare.append(stamp)
     _add_api(app, settings)
     app.on_response_prepare.append(complete_cors)
     PublicFiles(_PUBLIC, settings, demo=demo).add_routes(app)
@@ -180,16 +177,3 @@ async def _refuse_method(request: web.Request) -> web.StreamResponse:
 
 async def _refuse_path(request: web.Request) -> web.StreamResponse:
     raise NotFound
-
-
-async def _stamp(request: web.Request, response: web.StreamResponse) -> None:
-    """The headers that every answer carries; called as its head is about to go out."""
-    request[SENT_STATUS] = response.status
-    if REQUEST_ID in request:  # not where an expectation failed: aiohttp refuses that before any middleware
-        response.headers["X-Request-ID"] = request.get(UPSTREAM_REQUEST_ID) or request[REQUEST_ID]
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    if is_api(request):
-        response.headers["Vary"] = "Origin"
-        # Even of a 204 a cache may make its own: and then a question would be answered with somebody's end.
-        response.headers.setdefault("Cache-Control", "no-store")
-        response.headers.update(rate_limit_headers(request))

@@ -8,7 +8,7 @@ from typing import Final
 from aiohttp import web
 
 from server.api.body import drop_body, read_json_body
-from server.api.event_stream import show
+from server.api.event_stream import EVENT_STREAM, show
 from server.api.keys import CHATS, CLIENT, DESK, SETTINGS
 from server.api.middleware.rate_limit import show_allowance
 from server.api.opening import open_answer, to_request
@@ -18,7 +18,7 @@ from server.wire.uimessage import UIMessageEncoder, decode_ui_chat
 
 __all__ = ["chat", "resume_chat", "stop_chat"]
 
-_HEADERS: Final = {"x-vercel-ai-ui-message-stream": "v1"}
+_HEAD: Final = EVENT_STREAM.plus({"x-vercel-ai-ui-message-stream": "v1"})
 
 
 async def chat(request: web.Request) -> web.StreamResponse:
@@ -52,7 +52,7 @@ async def stop_chat(request: web.Request) -> web.StreamResponse:
 
 async def _show(request: web.Request, stream: Stream) -> web.StreamResponse:
     # A chat's client that aborts has only dropped its connection: it knows how to resume, whatever it accepts.
-    return await show(request, request.app[DESK], stream, may_return=True, headers=_HEADERS)
+    return await show(request, request.app[DESK], stream, may_return=True, head=_HEAD)
 
 
 def _put(request: web.Request, chat_id: str, stream: Stream) -> None:

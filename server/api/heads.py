@@ -1,0 +1,77 @@
+"""What every answer's head carries, and the head of a stream as bytes."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Mapping
+from email.utils import formatdate
+
+from aiohttp import web, web_response
+
+from server.api.keys import REQUEST_ID, SENT_STATUS, UPSTREAM_REQUEST_ID
+from server.api.middleware.origin import is_api
+from server.api.middleware.rate_limit import rate_limit_headers
+
+__all__ = ["StreamHead", "stamp"]
+
+
+async def stamp(request: web.Request, response: web.StreamResponse) -> None:
+    """Add the headers that every answer carries; called as its head is about to go out."""
+    request[SENT_STATUS] = response.status
+    response.headers.update(_stamps(request))
+    if is_api(request):
+        # Even of a 204 a cache may make its own: and then a question would be answered with somebody's end.
+        response.headers.setdefault("Cache-Control", "no-store")
+
+
+def _stamps(request: web.Request) -> dict[str, str]:
+    stamps = {}
+    if REQUEST_ID in request:  # not where an expectation failed: aiohttp refuses that before any middleware
+        stamps["X-Request-ID"] = request.get(UPSTREAM_REQUEST_ID) or request[REQUEST_ID]
+    stamps["X-Content-Type-Options"] = "nosniff"
+    if is_api(request):
+        stamps["Vary"] = "Origin"
+        stamps |= rate_limit_headers(request)
+    return stamps
+
+
+class StreamHead:
+    """The head of a chunked response of HTTP/1.1 with ``headers``, on a connection that is kept, as bytes: those that
+    aiohttp would make of it, with no object for each header."""
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        self.headers = headers
+        self._own = {**headers, "Connection": "keep-alive"}
+        self._lines = _lines(self._own)
+
+    def plus(self, headers: Mapping[str, str]) -> StreamHead:
+        """One with further headers."""
+        return StreamHead({**self.headers, **headers})
+
+    async def of(self, request: web.Request) -> bytes:
+        """The head of the answer to ``request``, which is about to go out. Nothing of it waits."""
+        usual = _usual_headers(int(time.time()))
+        if "Origin" in request.headers:
+            # Whoever has something to say of origins says it of aiohttp's response.
+            response = web.StreamResponse(headers={**self._own, **usual})
+            await request.app.on_response_prepare.send(request, response)
+            lines = _lines(response.headers)
+        else:
+            request[SENT_STATUS] = 200
+            lines = f"{self._lines}{_lines(usual)}{_lines(_stamps(request))}"
+        return f"HTTP/1.1 200 OK\r\n{lines}\r\n".encode("ascii")
+
+
+def _lines(headers: Mapping[str, str]) -> str:
+    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+
+
+@functools.lru_cache(maxsize=2)
+def _usual_headers(second: int) -> dict[str, str]:
+    """Those that aiohttp adds by itself."""
+    return {
+        "Transfer-Encoding": "chunked",
+        "Date": formatdate(second, usegmt=True),
+        "Server": web_response.SERVER_SOFTWARE,  # type: ignore[attr-defined]
+    }
