@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Final
 
@@ -9,6 +10,8 @@ __all__ = ["ChunkedBody"]
 
 # A chunk's size, with extensions that mean nothing to us. Eight digits are 4 GiB, more than any body of ours has.
 _HEADER: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
+_SIZE: Final = re.compile(rb"[0-9A-Fa-f]{1,8}")
+_MAX_SIZE: Final = 10  # bytes, with the line end
 _MAX_HEADER: Final = 256  # bytes of one that has begun
 _NO_HEADER: Final = b"?"  # what no chunk begins with
 
@@ -43,6 +46,10 @@ class ChunkedBody:
         payload: list[bytes] = []
         at, length = 0, len(data)
         while at < length:
+            if not self._left:
+                at = _take_whole_chunks(data, at, payload)
+                if at == length:
+                    break
             if self._left > 2:  # of payload; the chunk's own line end counts as part of it
                 piece = data[at : at + self._left - 2]
                 payload.append(piece)
@@ -72,3 +79,22 @@ class ChunkedBody:
                 at = header.end()
                 self._left = size + 2
         return b"".join(payload)
+
+
+def _take_whole_chunks(data: bytes, at: int, payload: list[bytes]) -> int:
+    """Put the payload of the chunks that begin at ``at`` into ``payload``, as far as they are plain and whole; returns
+    where they end."""
+    while (end := data.find(b"\r\n", at, at + _MAX_SIZE)) > 0:
+        begin = end + 2
+        behind = begin + _size_of(data[at:end])
+        if behind <= begin or data[behind : behind + 2] != b"\r\n":
+            break
+        payload.append(data[begin:behind])
+        at = behind + 2
+    return at
+
+
+@functools.lru_cache(maxsize=1024)  # an endpoint's chunks are of few sizes
+def _size_of(digits: bytes) -> int:
+    """The size that a chunk's header gives; 0 where it has more to say, or is none."""
+    return int(digits, 16) if _SIZE.fullmatch(digits) else 0
