@@ -260,6 +260,9 @@ class Answer:
         log = self.log
         try:
             for chunk in chunks:
+                if chunk.texts:
+                    self._append_texts(chunk.texts, chunk.wire)
+                    continue
                 while self._deltas + len(chunk.deltas) > self._budget:
                     self._extend_budget()
                 for event in self.encoder.chunk(log.next_number, chunk):
@@ -274,6 +277,20 @@ class Answer:
                     self.model = chunk.model
         except LogFull:
             raise AnswerTooLarge from None
+
+    def _append_texts(self, texts: Sequence[bytes], wire: bytes) -> None:
+        """Append a run of tokens; tells nobody yet. As take_texts, and less often called than that."""
+        count = len(texts)
+        if self.ttft is not None and self._deltas + count <= self._budget and self.said is None:
+            try:
+                self.log.append_all(self.encoder.tokens(self.log.next_number, texts, wire))
+            except LogFull:
+                pass  # those that still fit are appended below
+            else:
+                self._deltas += count
+                self.tokens += count
+                return
+        self._append(list(split_texts(texts, wire)))
 
     def _note(self, deltas: Sequence[Delta]) -> None:
         self._deltas += len(deltas)

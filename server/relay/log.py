@@ -97,6 +97,15 @@ class ReplayLog:
         if not events:
             return
         held = len(self._bytes)
+        batch = self.append_all(events)
+        if self._told == held:
+            self._tell(batch)
+        else:
+            self.publish()
+
+    def append_all(self, events: Sequence[bytes]) -> bytes:
+        """Add events and return them in one; tells nobody yet. Raises LogFull as :meth:`extend`."""
+        held = len(self._bytes)
         batch = b"".join(events)  # of a single one it is that one, and no copy
         if held + len(batch) > self._max_bytes:
             raise LogFull
@@ -105,10 +114,7 @@ class ReplayLog:
             self._ends.append(len(self._bytes))
         else:
             self._ends.extend(islice(accumulate(map(len, events), initial=held), 1, None))
-        if self._told == held:
-            self._tell(batch)
-        else:
-            self.publish()
+        return batch
 
     def _tell(self, batch: bytes) -> None:
         self._told = size = len(self._bytes)
@@ -163,10 +169,13 @@ class PassingLog(ReplayLog):
         self._bytes += event
 
     def extend(self, events: Sequence[bytes]) -> None:
-        batch = b"".join(events)
-        if batch:
-            self.append(batch)
+        if self.append_all(events):
             self.publish()
+
+    def append_all(self, events: Sequence[bytes]) -> bytes:
+        batch = b"".join(events)
+        self.append(batch)
+        return batch
 
     def publish(self) -> None:
         if self._told < self.size or self.ended:

@@ -85,7 +85,7 @@ class Progress:
         """Note what ``chunks`` say, and return what is to be handed on now."""
         heard = False
         for chunk in chunks:
-            if chunk.deltas:
+            if chunk.deltas or chunk.texts:
                 heard = True
             if chunk.finish_reason:
                 self.finished = True

@@ -6,7 +6,7 @@ from typing import Final
 
 from server.errors import UpstreamInvalid
 from server.upstream.attempt import AttemptFailed, failed_in_stream
-from server.wire.chunks import DONE, Chunk, ChunkSink, Delta, DeltaKind, MalformedChunk, decode_chunk
+from server.wire.chunks import DONE, Chunk, ChunkSink, MalformedChunk, decode_chunk
 from server.wire.sse import EventStreamParser, EventTooLarge, ServerSentEvent
 from server.wire.template import TokenTemplate
 
@@ -95,10 +95,22 @@ class AnswerReader:
             events = exc.events
             failure = AttemptFailed(UpstreamInvalid(), str(exc))
         chunks: list[Chunk] = []
+        texts: list[bytes] = []  # of a run of events that fit
         for event in events:
             if event.data == DONE:
                 self.over = True
                 break
+            text = None if self._template is None or event.type != b"message" else self._template.text_of(event.data)
+            if text is not None:
+                self._fitted = True
+                if self._verbatim:
+                    chunks.append(Chunk(wire=event.lines + b"\n\n", texts=(text,)))
+                else:
+                    texts.append(text)
+                continue
+            if texts:
+                chunks.append(Chunk(texts=texts))
+                texts = []
             try:
                 chunk = self._read(event, data)
             except AttemptFailed as exc:
@@ -107,6 +119,8 @@ class AnswerReader:
             if self._verbatim and chunk is not _MALFORMED:
                 chunk = chunk._replace(wire=event.lines + b"\n\n")
             chunks.append(chunk)
+        if texts:
+            chunks.append(Chunk(texts=texts))
         if self.over:
             self._sink.end(chunks)
             return
@@ -118,10 +132,6 @@ class AnswerReader:
             self._tail = self._parser.give_back(_MAX_TAIL)
 
     def _read(self, event: ServerSentEvent, wire: bytes) -> Chunk:
-        template = self._template
-        if template is not None and event.type == b"message" and (text := template.text_of(event.data)) is not None:
-            self._fitted = True
-            return Chunk((Delta(DeltaKind.CONTENT, text.decode()),), model=template.model)
         try:
             chunk = decode_chunk(event.data, verbatim=self._verbatim)
         except MalformedChunk:

@@ -12,7 +12,7 @@ from typing import Final
 
 from server.errors import UpstreamIncomplete
 from server.upstream.attempt import AttemptFailed
-from server.wire.chunks import Answerer, Chunk, ChunkSink, Delta, DeltaKind, split_texts, with_text
+from server.wire.chunks import Answerer, Chunk, ChunkSink, Delta, DeltaKind, one_by_one, split_texts, with_text
 
 __all__ = ["Continuation", "Memory"]
 
@@ -65,6 +65,8 @@ class Memory:
     def _remember(self, chunk: Chunk) -> None:
         if chunk.finish_reason is not None:
             self._beyond_text = True
+        self._said += chunk.texts
+        self.deltas += len(chunk.texts)
         for kind, text in chunk.deltas:
             self.deltas += 1
             if kind is DeltaKind.CONTENT:
@@ -117,7 +119,7 @@ class Continuation:
     def _fit(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """What of ``chunks`` is to be handed on."""
         fitting: list[Chunk] = []
-        for chunk in chunks:
+        for chunk in chunks if self._fits else one_by_one(chunks):
             if self._fits:
                 fitting.append(chunk)
             elif any(kind is DeltaKind.CONTENT for kind, _ in chunk.deltas):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum, auto
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -21,6 +21,7 @@ __all__ = [
     "decode_chunk",
     "decode_completion",
     "decode_json",
+    "one_by_one",
     "split_texts",
     "with_text",
 ]
@@ -55,6 +56,9 @@ class DeltaKind(Enum):
     OTHER = auto()  # a tool call; for those who speak OpenAI's own language also a refusal, or sound
 
 
+_CONTENT: Final = DeltaKind.CONTENT  # at hand: each look into an Enum is a call
+
+
 class Delta(NamedTuple):
     """A piece of the answer; ``text`` is empty for what is neither content nor reasoning."""
 
@@ -70,7 +74,11 @@ class Usage(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What one chunk says. A chunk that says nothing (role only, empty delta, unknown fields) is all defaults."""
+    """What one chunk says. A chunk that says nothing (role only, empty delta, unknown fields) is all defaults.
+
+    ``texts`` makes it a run of chunks, each of which says one delta of content (the inside of a JSON string, never
+    empty) and nothing else: what ``ChunkSink.take_texts`` takes, among others.
+    """
 
     deltas: tuple[Delta, ...] = ()
     finish_reason: str | None = None
@@ -78,6 +86,7 @@ class Chunk(NamedTuple):
     model: str | None = None
     error: Any = None  # the error object (or text) of a chunk that is an error
     wire: bytes = b""  # its event as it came, for those who pass it on as it is; else empty
+    texts: Sequence[bytes] = ()
 
 
 class Answerer(NamedTuple):
@@ -136,7 +145,7 @@ def _decode_object(data: bytes) -> dict[str, Any]:
 
 def _read_chunk(value: dict[str, Any], part: str, *, verbatim: bool) -> Chunk:
     error = value.get("error")
-    if isinstance(error, dict) or (isinstance(error, str) and error):
+    if error is not None and (isinstance(error, dict) or (isinstance(error, str) and error)):
         return Chunk(error=error)
     deltas: tuple[Delta, ...] = ()
     finish_reason = None
@@ -144,9 +153,12 @@ def _read_chunk(value: dict[str, Any], part: str, *, verbatim: bool) -> Chunk:
     if isinstance(choices, list):
         for choice in choices:
             if isinstance(choice, dict) and not _is_another(choice.get("index")):
-                deltas += _read_delta(choice.get(part), verbatim=verbatim)
-                finish_reason = _name(choice.get("finish_reason")) or finish_reason
-    return Chunk(deltas, finish_reason, _read_usage(value.get("usage")), _name(value.get("model")))
+                if delta := choice.get(part):
+                    deltas += _read_delta(delta, verbatim=verbatim)
+                if reason := choice.get("finish_reason"):
+                    finish_reason = _name(reason) or finish_reason
+    usage = value.get("usage")
+    return Chunk(deltas, finish_reason, None if usage is None else _read_usage(usage), _name(value.get("model")))
 
 
 def split_texts(texts: Sequence[bytes], wire: bytes) -> Iterator[Chunk]:
@@ -157,6 +169,15 @@ def split_texts(texts: Sequence[bytes], wire: bytes) -> Iterator[Chunk]:
         end = start + frame + len(text)
         yield Chunk((Delta(DeltaKind.CONTENT, text.decode()),), wire=wire[start:end])
         start = end
+
+
+def one_by_one(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """``chunks``, and of each run among them what it is a run of."""
+    for chunk in chunks:
+        if chunk.texts:
+            yield from split_texts(chunk.texts, chunk.wire)
+        else:
+            yield chunk
 
 
 def with_text(chunk: Chunk, text: str) -> Chunk:
@@ -196,6 +217,10 @@ def _is_another(index: Any) -> bool:
 def _read_delta(delta: Any, *, verbatim: bool) -> tuple[Delta, ...]:
     if not isinstance(delta, dict):
         return ()
+    content = delta.get("content")
+    spoken = (Delta(_CONTENT, content),) if isinstance(content, str) and content else ()
+    if len(delta) == 1 and spoken:
+        return spoken
     found: list[Delta] = []
     # Two spellings of one thing (DeepSeek and vLLM; OpenRouter and Ollama); an endpoint that sends both repeats itself.
     for name in ("reasoning_content", "reasoning"):
@@ -203,9 +228,7 @@ def _read_delta(delta: Any, *, verbatim: bool) -> tuple[Delta, ...]:
         if isinstance(reasoning, str) and reasoning:
             found.append(Delta(DeltaKind.REASONING, reasoning))
             break
-    content = delta.get("content")
-    if isinstance(content, str) and content:
-        found.append(Delta(DeltaKind.CONTENT, content))
+    found += spoken
     others = _OTHER if verbatim else _OTHER[:1]
     if any(isinstance(delta.get(name), type_) and delta[name] for name, type_ in others):
         found.append(Delta(DeltaKind.OTHER, ""))

@@ -28,6 +28,9 @@ class ServerSentEvent(NamedTuple):
     lines: bytes = b""  # its data lines as they came, joined by LF, where the parser keeps them
 
 
+_new = tuple.__new__  # of a NamedTuple, at a third of what calling it costs
+
+
 class EventStreamParser:
     """An incremental event-stream parser: bytes in, events out, the same events however the network cut the bytes.
 
@@ -102,6 +105,14 @@ class EventStreamParser:
 
     def _feed_blocks(self, data: bytes) -> list[ServerSentEvent]:
         """As :meth:`feed`, between events, with no CR and within the bound: nearly all streams look like that."""
+        if data.endswith(b"\n\n") and data.startswith(b"data: "):
+            values = data[6:-2].split(b"\n\ndata: ")
+            if data.count(b"\n") == 2 * len(values):  # one line each
+                id_, kept = self._last_event_id, self._keep_lines
+                return [
+                    _new(ServerSentEvent, (value, b"message", id_, b"data: " + value if kept else b""))
+                    for value in values
+                ]
         *blocks, rest = data.split(b"\n\n")
         events: list[ServerSentEvent] = []
         for block in blocks:

@@ -20,6 +20,8 @@ _NOT_PLAIN: Final = bytes([*range(0x20), ord('"'), ord("\\")])
 _FIELD: Final = b"data: "
 
 _PROBE: Final = "\u2060probe\u2060"  # a text that no endpoint has in its frame
+_PROBE_BYTES: Final = _PROBE.encode()
+_PROBED: Final = (Delta(DeltaKind.CONTENT, _PROBE),)
 
 
 class TokenTemplate:
@@ -56,20 +58,21 @@ class TokenTemplate:
             return None
         before, after = data[: place + 1], data[place + len(text) - 1 :]
         try:
-            probed = decode_chunk(before + _PROBE.encode() + after)
+            probed = decode_chunk(before + _PROBE_BYTES + after)
         except MalformedChunk:
             return None
-        if probed != chunk._replace(deltas=(Delta(DeltaKind.CONTENT, _PROBE),)):
+        if probed != Chunk(_PROBED, model=chunk.model):
             return None
         return cls(before, after, line_end, chunk.model)
 
     def text_of(self, data: bytes) -> bytes | None:
         """The text that an event's ``data`` holds, as the inside of a JSON string; None if it does not fit."""
-        begins = len(self._begin) - len(_FIELD)
-        if data.endswith(self._after) and self._begin.endswith(data[:begins]) and begins < len(data) - len(self._after):
-            text = data[begins : len(data) - len(self._after)]
-            if _is_plain(text):
-                return text
+        after = self._after
+        if not data.endswith(after):
+            return None
+        begins, ends = len(self._begin) - len(_FIELD), len(data) - len(after)
+        if begins < ends and self._begin.endswith(data[:begins]) and _is_plain(text := data[begins:ends]):
+            return text
         return None
 
     def texts_of(self, events: bytes) -> list[bytes] | None:

@@ -331,3 +331,43 @@ async def test_its_text_is_kept_for_the_log_only_if_asked(log_prompts: bool, kep
     answer, _ = answer_of(play, log_prompts=log_prompts)
     await ended(answer)
     assert answer.said == kept
+
+
+RUN = [text("a"), Chunk(texts=[b"b", "ç".encode(), b"d"]), text("e")]
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+async def test_a_run_of_texts_is_as_many_tokens(log_prompts: bool) -> None:
+    async def play(sink: Sink, done: Callable[[], None]) -> None:
+        sink([*RUN])
+        done()
+
+    answer, _ = answer_of(play, log_prompts=log_prompts)
+    await ended(answer)
+    assert [data["token"] for _, _, data in events_of(answer)[1:6]] == ["a", "b", "ç", "d", "e"]
+    assert answer.tokens == 5
+    assert answer.said == (["a", "b", "ç", "d", "e"] if log_prompts else None)
+
+
+async def test_a_run_over_the_bound_keeps_what_fitted() -> None:
+    async def play(sink: Sink, done: Callable[[], None]) -> None:
+        sink([text("a"), Chunk(texts=[b"b"] * 100)])
+
+    answer, _ = answer_of(play, max_answer_bytes=300)
+    await ended(answer)
+    events = events_of(answer)
+    assert [event[0] for event in events] == [f"SID.{n}" for n in range(len(events))]
+    assert 3 < answer.tokens == len(events) - 2 < 100
+    assert events[-1][2]["error"] == "answer_too_large"
+
+
+async def test_a_run_over_the_budget_is_cut() -> None:
+    buckets = TokenBuckets(Rate(3, 3600.0))
+
+    async def play(sink: Sink, done: Callable[[], None]) -> None:
+        sink([text("a"), Chunk(texts=[b"b"] * 10)])
+
+    answer = new_answer(FakeSource(play), reservation=buckets.reserve("client", 8))
+    await ended(answer)
+    assert answer.tokens == 3
+    assert events_of(answer)[-1][2]["error"] == "token_limit_exceeded"

@@ -28,7 +28,11 @@ class Recording:
         self.answerer = answerer
 
     def take(self, chunks: Sequence[Chunk]) -> None:
-        self.chunks += chunks
+        for chunk in chunks:
+            if chunk.texts:
+                Recording.take_texts(self, chunk.texts, chunk.wire)
+            else:
+                self.chunks.append(chunk)
 
     def take_texts(self, texts: Sequence[bytes], wire: bytes) -> None:
         assert texts
@@ -37,7 +41,7 @@ class Recording:
         self.chunks += [Chunk((Delta(DeltaKind.CONTENT, json.loads(b'"' + text + b'"')),)) for text in texts]
 
     def end(self, chunks: Sequence[Chunk]) -> None:
-        self.chunks += chunks
+        Recording.take(self, chunks)
         self.done += 1
 
     @property

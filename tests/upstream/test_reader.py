@@ -424,3 +424,25 @@ def test_of_any_stream_the_data_lines_are_passed_on_however_it_is_cut(wire: byte
 def test_what_is_said_does_not_depend_on_whether_the_bytes_are_passed_on(wire: bytes, cuts: list[int]) -> None:
     one, other = read(*cut(wire, cuts))[0], read_verbatim(*cut(wire, cuts))
     assert said_by(one.chunks, one.done) == said_by(other.chunks, other.done)
+
+
+@pytest.mark.parametrize("verbatim", [False, True])
+def test_a_whole_answer_in_one_read_is_handed_on_at_once(verbatim: bool) -> None:
+    """And so in one write, with the plain tokens of it as they came."""
+    calls: list[tuple[str, list[Chunk]]] = []
+
+    class Calls(Recording):
+        def take(self, chunks: Sequence[Chunk]) -> None:
+            calls.append(("take", list(chunks)))
+
+        def end(self, chunks: Sequence[Chunk]) -> None:
+            calls.append(("end", list(chunks)))
+
+    tokens = [token(text) for text in ("one", "two", "three", '"four"', "five")]
+    reader = AnswerReader(Calls(), verbatim=verbatim)
+    reader.feed(b"".join(tokens) + event(chunk({}, finish_reason="stop")) + event(DONE))
+    [(called, chunks)] = calls
+    assert called == "end"
+    assert [text for chunk in chunks for text in chunk.texts] == [b"two", b"three", b"five"]
+    if verbatim:
+        assert b"".join(chunk.wire for chunk in chunks) == b"".join(tokens) + event(chunk({}, finish_reason="stop"))
