@@ -15,16 +15,8 @@ from server.api.admin import add_admin_routes
 from server.api.aisdk import chat, resume_chat, stop_chat
 from server.api.browser import ask, create_stream, stop_stream, view_stream
 from server.api.heads import stamp
-from server.api.keys import (
-    BUCKETS,
-    CHATS,
-    CONNECTIONS,
-    DESK,
-    FAST_PATH,
-    LLM_TOKENS,
-    SETTINGS,
-    Chats,
-)
+from server.api.keys import BUCKETS, CHATS, CONNECTIONS, DESK, FAST_PATH, LLM_TOKENS, SETTINGS, Chats
+from server.api.middleware.around import attend
 from server.api.middleware.checks import checking
 from server.api.middleware.client_address import find_client
 from server.api.middleware.errors import answer_errors
@@ -37,8 +29,6 @@ from server.api.middleware.origin import (
     complete_cors,
 )
 from server.api.middleware.rate_limit import limit_rate
-from server.api.middleware.request_id import name_request
-from server.api.middleware.request_log import log_request
 from server.api.openai import complete, list_models, show_model
 from server.api.page import PublicFiles
 from server.connections import Connections
@@ -73,8 +63,7 @@ def create_app(
         # Outermost first. The log sees every outcome, errors become answers inside it, and nothing is spent before the
         # origin is known to be welcome.
         middlewares=[
-            name_request,
-            log_request,
+            attend,
             answer_errors,
             checking(find_client, bound_head, check_origin),
             limit_rate,

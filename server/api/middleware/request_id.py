@@ -7,9 +7,8 @@ import re
 from typing import Final
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
 
-from server.api.keys import CONNECTIONS, REQUEST_ID
+from server.api.keys import REQUEST_ID
 
 __all__ = ["name_request"]
 
@@ -17,17 +16,10 @@ __all__ = ["name_request"]
 _ACCEPTED: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-@web.middleware
-async def name_request(request: web.Request, handler: Handler) -> web.StreamResponse:
+def name_request(request: web.Request) -> None:
     """Take over the ``X-Request-ID`` that came, if it is harmless, else make one."""
-    given = request.headers.get("X-Request-ID", "")
-    request[REQUEST_ID] = given if _ACCEPTED.fullmatch(given) else _random_id()
-    connections = request.app[CONNECTIONS]
-    connections.request_begun(request.protocol)
-    try:
-        return await handler(request)
-    finally:
-        connections.request_answered()
+    given = request.headers.get("X-Request-ID")
+    request[REQUEST_ID] = given if given and _ACCEPTED.fullmatch(given) else _random_id()
 
 
 def _random_id() -> str:

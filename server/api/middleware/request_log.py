@@ -6,7 +6,6 @@ import logging
 import time
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
 
 from server.api.keys import CLIENT, REQUEST_ID, SENT_STATUS, UPSTREAM_REQUEST_ID
 from server.logs import log_event
@@ -18,25 +17,18 @@ _CLIENT_CLOSED_REQUEST = 499  # nginx's name for a client that left before the s
 _log = logging.getLogger("sluice.request")
 
 
-@web.middleware
-async def log_request(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Log method, path, status, client and duration when the request is over, also when it was cancelled."""
-    began_at = time.monotonic()
-    status = None
-    try:
-        response = await handler(request)
-        status = response.status
-        return response
-    finally:
-        log_event(
-            _log,
-            logging.INFO,
-            "request",
-            method=request.method,
-            path=request.path[:200],
-            status=request.get(SENT_STATUS) or status or _CLIENT_CLOSED_REQUEST,
-            client=request.get(CLIENT),
-            request_id=request.get(REQUEST_ID),
-            **({"upstream_request_id": upstream} if (upstream := request.get(UPSTREAM_REQUEST_ID)) else {}),
-            duration_ms=round((time.monotonic() - began_at) * 1000),
-        )
+def log_request(request: web.Request, status: int | None, began_at: float) -> None:
+    """Log method, path, status, client and duration of a request that is over, also of one that was cancelled; it had
+    begun at ``began_at`` (s, time.monotonic)."""
+    log_event(
+        _log,
+        logging.INFO,
+        "request",
+        method=request.method,
+        path=request.path[:200],
+        status=request.get(SENT_STATUS) or status or _CLIENT_CLOSED_REQUEST,
+        client=request.get(CLIENT),
+        request_id=request.get(REQUEST_ID),
+        upstream_request_id=request.get(UPSTREAM_REQUEST_ID),
+        duration_ms=round((time.monotonic() - began_at) * 1000),
+    )
