@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from server.errors import UpstreamInvalid
@@ -95,22 +96,18 @@ class AnswerReader:
             events = exc.events
             failure = AttemptFailed(UpstreamInvalid(), str(exc))
         chunks: list[Chunk] = []
-        texts: list[bytes] = []  # of a run of events that fit
-        for event in events:
+        at = 0
+        while at < len(events):
+            if self._template is not None and (run := self._template.run_of(events, at)):
+                self._fitted = True
+                chunks += self._chunks_of(run, events, at)
+                at += len(run)
+                continue
+            event = events[at]
+            at += 1
             if event.data == DONE:
                 self.over = True
                 break
-            text = None if self._template is None or event.type != b"message" else self._template.text_of(event.data)
-            if text is not None:
-                self._fitted = True
-                if self._verbatim:
-                    chunks.append(Chunk(wire=event.lines + b"\n\n", texts=(text,)))
-                else:
-                    texts.append(text)
-                continue
-            if texts:
-                chunks.append(Chunk(texts=texts))
-                texts = []
             try:
                 chunk = self._read(event, data)
             except AttemptFailed as exc:
@@ -119,8 +116,6 @@ class AnswerReader:
             if self._verbatim and chunk is not _MALFORMED:
                 chunk = chunk._replace(wire=event.lines + b"\n\n")
             chunks.append(chunk)
-        if texts:
-            chunks.append(Chunk(texts=texts))
         if self.over:
             self._sink.end(chunks)
             return
@@ -130,6 +125,12 @@ class AnswerReader:
             raise failure
         if self._template is not None:
             self._tail = self._parser.give_back(_MAX_TAIL)
+
+    def _chunks_of(self, run: Sequence[bytes], events: Sequence[ServerSentEvent], first: int) -> Iterable[Chunk]:
+        """What the events from ``first`` on say, whose texts are ``run``."""
+        if self._verbatim:  # events that fit may still differ in what stands before their data
+            return [Chunk(wire=events[first + place].lines + b"\n\n", texts=(text,)) for place, text in enumerate(run)]
+        return (Chunk(texts=run),)
 
     def _read(self, event: ServerSentEvent, wire: bytes) -> Chunk:
         try:

@@ -8,9 +8,12 @@ on as it stands. Whatever is not plain (an escape, another field, another order)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import islice, takewhile
 from typing import Final
 
 from server.wire.chunks import Chunk, Delta, DeltaKind, MalformedChunk, decode_chunk
+from server.wire.sse import ServerSentEvent
 
 __all__ = ["TokenTemplate"]
 
@@ -74,6 +77,23 @@ class TokenTemplate:
         if begins < ends and self._begin.endswith(data[:begins]) and _is_plain(text := data[begins:ends]):
             return text
         return None
+
+    def run_of(self, events: Sequence[ServerSentEvent], first: int) -> list[bytes]:
+        """The texts of the events from ``first`` on, as many of them as fit, as :meth:`text_of` each."""
+        before, after = self._begin[len(_FIELD) :], self._after
+        begins, ends = len(before), -len(after)
+        texts: list[bytes] = []
+        for event in islice(events, first, None):
+            data = event.data
+            if not (data.startswith(before) and data.endswith(after) and event.type == b"message"):
+                break
+            text = data[begins:ends]
+            if len(data) <= begins - ends or not text:
+                break
+            texts.append(text)
+        if not _is_plain(b" ".join(texts)):
+            texts = list(takewhile(_is_plain, texts))
+        return texts
 
     def texts_of(self, events: bytes) -> list[bytes] | None:
         """The texts that whole events hold, in their order; None unless each of them fits, and nothing stands between
