@@ -79,6 +79,7 @@ class DirectConnection(ResponseHandler):
         self.requests = 0  # that this connection has been used for
         self.usual = False  # the response, or the rest of it, is aiohttp's
         self._head = b""  # of the response, as far as it has come
+        self._fields: CIMultiDict[str] | None = None  # of a head that has come
         self._waits: asyncio.Future[None] | None = None  # for the head
         self._body: ChunkedBody | None = None  # while the short way is open
         self._answering = False  # a response is on its way
@@ -116,6 +117,11 @@ class DirectConnection(ResponseHandler):
         if not self.usual:
             raise self.exception() or aiohttp.ServerDisconnectedError
         return b""
+
+    def take_fields(self) -> CIMultiDict[str] | None:
+        """The fields of the head that has come last, once: they are not held while the body flows."""
+        fields, self._fields = self._fields, None
+        return fields
 
     def attach(self, receiver: BodyReceiver) -> None:
         """Hand the body to ``receiver``, what has come of it at once, and tell it of the connection's end."""
@@ -183,10 +189,11 @@ class DirectConnection(ResponseHandler):
             self._head = b""  # only an interim response (RFC 9110 §15.2)
             if len(data) > end:
                 self._take_head(data[end:])
-        elif not _opens_stream(data[:end]):
+        elif (fields := _fields_of_stream(data[:end])) is None:
             self._leave_to_aiohttp(data)
         else:
             self._head = data[:end]
+            self._fields = fields
             self._body = ChunkedBody()
             self._tell()
             if len(data) > end:
@@ -246,6 +253,7 @@ class DirectConnection(ResponseHandler):
     def _forget(self) -> None:
         self.usual = False
         self._head = b""
+        self._fields = None
         self._body = None
         self._receiver = None
         self._backlog = b""
@@ -264,18 +272,20 @@ def _read_fields(head: bytes) -> CIMultiDict[str]:
     return CIMultiDict(_FIELD.findall(text, text.index("\n") + 1))
 
 
-def _opens_stream(head: bytes) -> bool:
-    """Whether a chunked event stream follows, and nothing else is said of the connection or the body's coding."""
+def _fields_of_stream(head: bytes) -> CIMultiDict[str] | None:
+    """The fields, if a chunked event stream follows, and nothing else is said of the connection or the body's coding;
+    else None."""
     if not head.startswith(b"HTTP/1.1 200") or head.count(b"\n") > _MAX_FIELDS:
-        return False
+        return None
     fields = _read_fields(head)
-    return (
+    opens = (
         [coding.lower() for coding in fields.getall("Transfer-Encoding", ())] == ["chunked"]
         and [type_.partition(";")[0].strip().lower() for type_ in fields.getall("Content-Type", ())]
         == ["text/event-stream"]
         and fields.get("Connection", "keep-alive").lower() == "keep-alive"
         and not ("Content-Length" in fields or "Content-Encoding" in fields or "Upgrade" in fields)
     )
+    return fields if opens else None
 
 
 def connect_directly(connector: aiohttp.TCPConnector) -> None:
@@ -449,7 +459,7 @@ class DirectResponse:
         self._connection = connection
         self._protocol = protocol
         self._head = head
-        self._headers: CIMultiDict[str] | None = None
+        self._headers: CIMultiDict[str] | None = protocol.take_fields()
 
     @property
     def headers(self) -> CIMultiDict[str]:
