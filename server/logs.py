@@ -57,14 +57,17 @@ class _Event(logging.LogRecord):
     more than all else about it, and no line of the log tells it."""
 
     def __init__(self, name: str, level: int, event: str, fields: dict[str, Any]) -> None:
-        self.__dict__.update(_UNKNOWN)
-        self.name = name
-        self.msg = event
-        self.levelno = level
-        self.levelname = logging.getLevelName(level)
-        self.created = time.time()
-        self.msecs = self.created % 1 * 1000
-        self.sluice_fields = fields
+        now = time.time()
+        self.__dict__ = {
+            **_UNKNOWN,
+            "name": name,
+            "msg": event,
+            "levelno": level,
+            "levelname": logging.getLevelName(level),
+            "created": now,
+            "msecs": now % 1 * 1000,
+            _FIELDS: fields,
+        }
 
 
 @contextmanager
@@ -152,6 +155,12 @@ class _NeverBlocking(logging.handlers.QueueHandler):
         self._lines = lines
         self._dropped = 0
 
+    def handle(self, record: logging.LogRecord) -> bool:
+        if type(record) is _Event:  # which no filter is for, and the queue needs no lock
+            self.enqueue(record)
+            return True
+        return bool(super().handle(record))
+
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         return record  # same process: the formatter may run later, on the record itself
 
@@ -185,7 +194,7 @@ def _read(record: logging.LogRecord) -> dict[str, Any]:
     }
     if type(record) is _Event:
         line["event"] = record.msg
-        line |= record.sluice_fields
+        line |= getattr(record, _FIELDS)
         return line
     # The first line only: asyncio goes on with the repr of a task, and that with the text of its exception.
     line["event"] = record.getMessage().partition("\n")[0]
