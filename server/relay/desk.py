@@ -165,7 +165,7 @@ class Desk:
         task = answer.start()
         self._tasks.add(task)
         task.add_done_callback(partial(self._task_over, stream))
-        self._attend(stream)
+        self._set_timer(stream)
         return stream
 
     # ---- Finding, viewing, stopping
@@ -199,7 +199,7 @@ class Desk:
         self._empty.clear()
         if self.draining:
             _spread_return(viewer)
-        self._attend(stream)
+        self._set_timer(stream)  # nothing else is due where somebody views it
 
     def _leave(self, stream: Stream, viewer: Viewer, *, may_return: bool) -> None:
         if viewer.stalled:
@@ -299,6 +299,8 @@ class Desk:
         One that is read is forgotten as soon as its readers have been dropped: each of them can hold the whole of it
         for as long as it likes."""
         over = self._kept_bytes - _KEPT_BYTES
+        if over <= 0:
+            return  # at once: what was forgotten has left gaps at the dictionary's beginning, and each is stepped over
         last = next(reversed(self._kept))
         surplus = []
         for stream_id, size in self._kept.items():  # no further than it takes: there may be many thousands

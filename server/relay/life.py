@@ -24,6 +24,8 @@ _FIRST_VIEWER: Final = 5.0  # s
 class State(Enum):
     """Where an answer is in its life."""
 
+    __hash__ = object.__hash__  # there is one of each; an Enum's own is a call in Python
+
     AWAITED = "awaited"  # it runs, and nobody views it: yet, or any more
     VIEWED = "viewed"  # it runs, and somebody views it
     REPLAYED = "replayed"  # it has ended, and somebody still reads it, or again
