@@ -117,7 +117,7 @@ def read_question(raw_query: str, max_chars: int) -> str:
     values = []
     for pair in raw_query.split("&"):
         name, _, value = pair.partition("=")
-        if _percent_decode(name) == b"q":
+        if name == "q" or _percent_decode(name) == b"q":
             values.append(_percent_decode(value))
     if not values:
         raise InvalidRequest("missing_query", "The question is missing: ask with ?q=TEXT.")

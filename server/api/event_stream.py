@@ -90,7 +90,10 @@ def _event_stream(request: web.Request, head: StreamHead) -> web.StreamResponse:
 def _can_resume(request: web.Request) -> bool:
     """Whether the client asked for an event stream by its name, as EventSource does and curl does not: it then knows
     how to go on behind the last event (contract, section 3)."""
-    ranges = ",".join(request.headers.getall("Accept", [])).split(",")
+    accepts = request.headers.getall("Accept", [])
+    if accepts == ["text/event-stream"]:
+        return True
+    ranges = ",".join(accepts).split(",")
     return any(media.partition(";")[0].strip().lower() == "text/event-stream" for media in ranges)
 
 
