@@ -16,20 +16,22 @@ class SilenceDeadline:
     Hearing costs one reading of the clock: the timer is not moved, it finds on waking that it is early and sleeps on.
     """
 
-    __slots__ = ("_first", "_idle", "_loop", "_scope", "_timer", "_wakes_at", "deadline", "expired")
+    __slots__ = ("_cancelling", "_first", "_idle", "_loop", "_task", "_timer", "_wakes_at", "deadline", "expired")
 
     def __init__(self, *, first: float, idle: float) -> None:
         self._loop = asyncio.get_running_loop()
-        self._scope: asyncio.Timeout | None = asyncio.timeout(None)
         self._first = first
         self._idle = idle
+        self._task: asyncio.Task[object] | None = None  # while it is entered
         self.deadline = 0.0  # s, loop clock
-        self.expired = False  # known at the end
+        self.expired = False
 
     async def __aenter__(self) -> SilenceDeadline:
-        if self._scope is None:
-            raise RuntimeError("a deadline can be entered once")
-        await self._scope.__aenter__()
+        task = asyncio.current_task()
+        if task is None or self.deadline:
+            raise RuntimeError("a deadline can be entered once, in a task")
+        self._task = task
+        self._cancelling = task.cancelling()
         self.deadline = self._loop.time() + self._first
         self._set_timer(self.deadline)
         return self
@@ -38,12 +40,13 @@ class SilenceDeadline:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._timer.cancel()
-        scope, self._scope = self._scope, None
-        if scope is not None:  # and is forgotten: it keeps the task, and who keeps us would be part of a cycle
-            try:
-                await scope.__aexit__(exc_type, exc, traceback)
-            finally:
-                self.expired = scope.expired()
+        # The task is forgotten: who keeps us would be part of a cycle with it.
+        task, self._task = self._task, None
+        # As asyncio.timeout does: the cancellation ends here if it was ours, and nobody else asked for one.
+        if self.expired and task is not None:
+            alone = task.uncancel() <= self._cancelling
+            if alone and exc_type is asyncio.CancelledError:
+                raise TimeoutError from exc
 
     @property
     def left(self) -> float:
@@ -60,8 +63,9 @@ class SilenceDeadline:
         self.deadline = deadline
 
     def _wake(self) -> None:
-        if self._scope is not None and self.left <= 0:
-            self._scope.reschedule(self._loop.time())
+        if self._task is not None and self.left <= 0:
+            self.expired = True
+            self._task.cancel()
         else:
             self._set_timer(self.deadline)
 
