@@ -114,39 +114,41 @@ class Viewer:
 
         Raises ConnectionError when the client has gone, or was found to be (``stalled``).
         """
-        self._log.subscribe(self._take)
+        log, connection = self._log, self._connection
+        log.subscribe(self._take)
         self._timer = self._loop.call_later(self._check_every, self._check)
         try:
-            await self._follow()
+            while True:
+                data = log.read(self._offset, _WRITE_BYTES)
+                self._offset += len(data)
+                if log.ended and self._offset == log.size:
+                    self._note_sent(data)
+                    await connection.finish(data)
+                    self.finished = True
+                    return
+                data = data or self._heartbeat_due()
+                if data:
+                    self._note_sent(data)
+                    await connection.write(data)
+                else:
+                    self._turn = self._loop.create_future()
+                    self._waits = True
+                    try:
+                        await self._turn
+                    finally:
+                        self._waits = False
+                        self._turn = None
         finally:
             self._timer.cancel()
-            self._log.unsubscribe(self._take)
+            log.unsubscribe(self._take)
 
-    async def _follow(self) -> None:
-        log = self._log
-        while True:
-            data = log.read(self._offset, _WRITE_BYTES)
-            self._offset += len(data)
-            if log.ended and self._offset == log.size:
-                self._note_sent(data)
-                await self._connection.finish(data)
-                self.finished = True
-                return
-            if data:
-                await self._write(data)
-            elif self._retry_ms is not None:
-                retry_ms, self._retry_ms = self._retry_ms, None
-                await self._write(self._ping(retry_ms))
-            elif self._loop.time() >= self._sent_at + self._heartbeat:  # as the timer reckons, to the last bit
-                await self._write(self._ping(None))
-            else:
-                self._turn = self._loop.create_future()
-                self._waits = True
-                try:
-                    await self._turn
-                finally:
-                    self._waits = False
-                    self._turn = None
+    def _heartbeat_due(self) -> bytes:
+        if self._retry_ms is not None:
+            retry_ms, self._retry_ms = self._retry_ms, None
+            return self._ping(retry_ms)
+        if self._loop.time() >= self._sent_at + self._heartbeat:  # as the timer reckons, to the last bit
+            return self._ping(None)
+        return b""
 
     def _take(self, batch: bytes, size: int) -> bool:
         """The log has more. The hot path."""
@@ -164,10 +166,6 @@ class Viewer:
         self._waits = False
         if self._turn is not None and not self._turn.done():
             self._turn.set_result(None)
-
-    async def _write(self, data: bytes) -> None:
-        self._note_sent(data)
-        await self._connection.write(data)
 
     def _note_sent(self, data: bytes) -> None:
         self._sent_bytes += len(data)
