@@ -51,16 +51,16 @@ class StreamHead:
 
     async def of(self, request: web.Request) -> bytes:
         """The head of the answer to ``request``, which is about to go out. Nothing of it waits."""
-        usual = _usual_headers(int(time.time()))
+        second = int(time.time())
         if "Origin" in request.headers:
             # Whoever has something to say of origins says it of aiohttp's response.
-            response = web.StreamResponse(headers={**self._own, **usual})
+            response = web.StreamResponse(headers={**self._own, **_usual_headers(second)})
             await request.app.on_response_prepare.send(request, response)
             lines = _lines(response.headers)
         else:
             request[SENT_STATUS] = 200
-            lines = f"{self._lines}{_lines(usual)}{_lines(_stamps(request))}"
-        return f"HTTP/1.1 200 OK\r\n{lines}\r\n".encode("ascii")
+            lines = f"{self._lines}{_usual_lines(second)}{_lines(_stamps(request))}"
+        return f"HTTP/1.1 200 OK\r\n{lines}\r\n".encode("utf-8", "ignore")  # as aiohttp, where an origin is no ASCII
 
 
 def _lines(headers: Mapping[str, str]) -> str:
@@ -68,6 +68,10 @@ def _lines(headers: Mapping[str, str]) -> str:
 
 
 @functools.lru_cache(maxsize=2)
+def _usual_lines(second: int) -> str:
+    return _lines(_usual_headers(second))
+
+
 def _usual_headers(second: int) -> dict[str, str]:
     """Those that aiohttp adds by itself."""
     return {

@@ -6,8 +6,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from server.settings import Rate
 
@@ -17,8 +16,7 @@ _MAX_CLIENTS: Final = 100_000  # about 20 MB of buckets
 _ROUNDING: Final = 1e-9  # tokens: it must not cost a client who waited exactly long enough
 
 
-@dataclass(frozen=True, slots=True)
-class Allowance:
+class Allowance(NamedTuple):
     """How a client stands: admitted or not, whole tokens left, seconds until the next one comes."""
 
     admitted: bool

@@ -155,7 +155,7 @@ class AnswerReader:
         template = self._template
         if template is not None and chunk.model is not None and chunk.model != template.model:
             self._template = template = None  # what fits it would no longer name the model that answered last
-        if self._lessons == 0 and not self._fitted:
+        if not chunk.deltas or (self._lessons == 0 and not self._fitted):
             return
         learnt = TokenTemplate.learn(data, chunk, wire)
         if learnt is not None:

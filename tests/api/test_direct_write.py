@@ -122,12 +122,21 @@ async def test_head_and_end_may_be_all_there_is(connection: Open, last: bytes) -
     assert connection.wire.written == b"HEAD" + framed + b"0\r\n\r\n"
 
 
-@pytest.mark.parametrize("origin", [None, "https://listed.example"])
-async def test_a_head_is_what_aiohttp_would_send(serve: Serve, connect: Connect, origin: str | None) -> None:
+@pytest.mark.parametrize(
+    ("listed", "origin"),
+    [
+        ("https://listed.example", None),
+        ("https://listed.example", "https://listed.example"),
+        ("*", "https://\udcff\xe9.example"),
+    ],
+)
+async def test_a_head_is_what_aiohttp_would_send(
+    serve: Serve, connect: Connect, listed: str, origin: str | None
+) -> None:
     """Every header, in its order and its spelling."""
     heads = []
     for fast_path in ("auto", "off"):
-        server = await serve(SLUICE_FAST_PATH=fast_path, SLUICE_CORS_ORIGINS="https://listed.example")
+        server = await serve(SLUICE_FAST_PATH=fast_path, SLUICE_CORS_ORIGINS=listed)
         client = await connect(server)
         await client.send(request("/api/stream?q=hi", "X-Request-ID: same", *([f"Origin: {origin}"] if origin else [])))
         head = (await client.read_until(b"\r\n\r\n")).partition(b"\r\n\r\n")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from aiohttp import web
@@ -10,6 +11,7 @@ from aiohttp.typedefs import Handler
 from server.api.keys import ALLOWANCE, BUCKETS, CLIENT, LLM_TOKENS
 from server.errors import RateLimited, TokenLimitExceeded
 from server.relay.admission import Reservation
+from server.settings import Rate
 
 __all__ = ["limit_rate", "rate_limit_headers", "show_allowance", "spend"]
 
@@ -68,8 +70,12 @@ def rate_limit_headers(request: web.Request) -> dict[str, str]:
     buckets, allowance = request.app.get(BUCKETS), request.get(ALLOWANCE)
     if buckets is None or allowance is None:
         return {}
-    rate = buckets.rate
     return {
-        "RateLimit-Policy": f'"requests";q={rate.amount};w={math.ceil(rate.seconds)}',
+        "RateLimit-Policy": _policy(buckets.rate),
         "RateLimit": f'"requests";r={allowance.remaining};t={math.ceil(allowance.next_in)}',
     }
+
+
+@functools.lru_cache(maxsize=4)
+def _policy(rate: Rate) -> str:
+    return f'"requests";q={rate.amount};w={math.ceil(rate.seconds)}'
