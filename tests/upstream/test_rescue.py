@@ -129,6 +129,17 @@ def test_it_goes_by_the_hot_path_too() -> None:
     assert rescue.memory.text == TEXT
 
 
+@pytest.mark.parametrize("anew", [True, False])
+def test_runs_of_tokens_are_compared_one_by_one(anew: bool) -> None:
+    """A read may bring many at once, the last that was read and the first that was not among them."""
+    rescue = Rescue(anew=anew)
+    words = [TEXT[at : at + 5] for at in range(0, len(TEXT), 5)]
+    run = Chunk(texts=[word.encode() for word in words], wire=b"".join(said(word).wire for word in words))
+    rescue.continuation.take([ROLE, run])
+    rescue.continuation.end([STOP])
+    assert "".join(rescue.client.texts) == rescue.memory.text == TEXT
+
+
 @pytest.mark.parametrize(
     ("chunks", "unfinished"),
     [
