@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 4)))  # of the tests, most of which wait for something
 
 .PHONY: run test lint audit bench lock clean
 .DELETE_ON_ERROR:
@@ -15,7 +16,7 @@ run: $(VENV)/runtime
 	@exec $(PY) run.py
 
 test: $(VENV)/dev
-	$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal $(PYTEST_ARGS)
+	$(PY) -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/dev
 	$(PY) -m ruff check .
