@@ -178,12 +178,16 @@ class Answer:
 
     def start(self) -> asyncio.Task[None]:
         """Begin, in a task of its own: an answer does not hang on any viewer's connection."""
-        self._task = asyncio.create_task(self._run(), name="answer")
-        self._task.add_done_callback(self._let_go)
+        loop = asyncio.get_running_loop()
+        self._task = loop.create_task(self._run())
         # Not asyncio.timeout: its scope keeps the task, and with that a cancelled answer would be a cycle of objects
         # that only a pause for the garbage collector frees.
-        self._timer = asyncio.get_running_loop().call_later(self._limits.stream_timeout, self._run_out_of_time)
+        self._timer = loop.call_later(self._limits.stream_timeout, self._run_out_of_time)
         return self._task
+
+    def let_go(self) -> None:
+        """Its task is over, and is forgotten: a cancelled one holds the frames that it was in, and these the answer."""
+        self._task = None
 
     def stop(self, outcome: Outcome) -> None:
         """End it now with ``outcome``: the upstream request is closed. Does nothing to an answer that has ended."""
@@ -214,10 +218,6 @@ class Answer:
     def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
-
-    def _let_go(self, task: asyncio.Task[None]) -> None:
-        """A cancelled task holds the frames that it was in, and these the answer."""
-        self._task = None
 
     # ---- What comes from the source: the answer is the ChunkSink
 

@@ -260,6 +260,7 @@ class Desk:
     def _task_over(self, stream: Stream, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if stream.answer is not None:
+            stream.answer.let_go()
             _report(stream, stream.answer)
         stream.answer = None
 
