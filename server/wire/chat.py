@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
@@ -132,8 +131,7 @@ def _invalid(reason: str) -> InvalidRequest:
 Content = str | list[dict[str, Any]]  # a text, or OpenAI's content parts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatRequest:
+class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A conversation to be answered in our own words. ``messages`` are (role, content) pairs, oldest first; ``model``
     is the one that was named, None where that was left to the server."""
 
@@ -148,7 +146,7 @@ class ChatRequest:
     def continued(self, said: str, spent: int) -> ChatRequest:
         """The same, with the answer ``said`` so far, at the cost of ``spent`` LLM tokens, for its last message."""
         messages = (*self.messages, ("assistant", said))
-        return replace(self, messages=messages, max_tokens=max(1, self.max_tokens - spent))
+        return msgspec.structs.replace(self, messages=messages, max_tokens=max(1, self.max_tokens - spent))
 
     @property
     def prompt(self) -> str:

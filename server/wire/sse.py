@@ -212,12 +212,9 @@ def encode_event(data: bytes, *, type: bytes = b"", id: bytes = b"", retry: int 
 
     ``data`` may hold no CR (it would end a line early); each LF in it starts a further ``data`` line.
     """
-    lines = []
-    if retry is not None:
-        lines.append(b"retry: %d\n" % retry)
-    if type:
-        lines.append(b"event: %b\n" % type)
-    if id:
-        lines.append(b"id: %b\n" % id)
-    lines += [b"data: %b\n" % line for line in data.split(b"\n")]
-    return b"%b\n" % b"".join(lines)
+    return b"%b%b%bdata: %b\n\n" % (
+        b"" if retry is None else b"retry: %d\n" % retry,
+        b"event: %b\n" % type if type else b"",
+        b"id: %b\n" % id if id else b"",
+        data.replace(b"\n", b"\ndata: "),
+    )
