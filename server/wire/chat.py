@@ -20,6 +20,7 @@ __all__ = [
     "check_text",
     "decode_posted_chat",
     "invalid_body",
+    "invalid_request",
     "mend_surrogates",
 ]
 
@@ -78,11 +79,11 @@ def decode_posted_chat(body: bytes, *, max_chars: int) -> PostedChat:
 def check_text(where: str, text: str, *, max_chars: int, may_be_blank: bool) -> None:
     """Return if ``text`` may stand in a conversation. Raises InvalidRequest, which says ``where`` it does not."""
     if len(text) > max_chars:
-        raise _invalid(f"{where} has {len(text)} characters; it may have at most {max_chars}")
+        raise invalid_request(f"{where} has {len(text)} characters; it may have at most {max_chars}")
     if "\0" in text:
-        raise _invalid(f"{where} holds a NUL character")
+        raise invalid_request(f"{where} holds a NUL character")
     if not may_be_blank and not text.strip():
-        raise _invalid(f"{where} is empty")
+        raise invalid_request(f"{where} is empty")
 
 
 def _refuse_twice(pairs: list[tuple[str, Any]]) -> None:
@@ -90,7 +91,7 @@ def _refuse_twice(pairs: list[tuple[str, Any]]) -> None:
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
-            raise _invalid(f"the field {name} is given more than once")
+            raise invalid_request(f"the field {name} is given more than once")
 
 
 def mend_surrogates(body: bytes) -> bytes:
@@ -103,7 +104,7 @@ def mend_surrogates(body: bytes) -> bytes:
 
 def invalid_body(exc: Exception, body: bytes) -> InvalidRequest:
     """What is wrong with a body that msgspec did not take, in our words."""
-    return _invalid(_in_our_words(exc, body))
+    return invalid_request(_in_our_words(exc, body))
 
 
 def _in_our_words(exc: Exception, body: bytes) -> str:
@@ -120,9 +121,10 @@ def _in_our_words(exc: Exception, body: bytes) -> str:
     return "it is not JSON in UTF-8"
 
 
-def _invalid(reason: str) -> InvalidRequest:
+def invalid_request(reason: str, *, param: str | None = None) -> InvalidRequest:
+    """What is wrong with a body, and with which of its fields."""
     shown = "".join(character if character.isprintable() else "?" for character in reason[:_MAX_ECHO])
-    return InvalidRequest("invalid_request", f"The request's body is not what this takes: {shown}.")
+    return InvalidRequest("invalid_request", f"The request's body is not what this takes: {shown}.", param=param)
 
 
 # ---- To an upstream

@@ -9,6 +9,8 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
+from server.wire.sse import encode_event
+
 __all__ = [
     "DONE",
     "Answerer",
@@ -21,6 +23,7 @@ __all__ = [
     "decode_chunk",
     "decode_completion",
     "decode_json",
+    "encode_json",
     "one_by_one",
     "split_texts",
     "with_text",
@@ -42,6 +45,7 @@ _OTHER: Final[tuple[tuple[str, type], ...]] = (
 )
 
 _decoder = msgspec.json.Decoder()
+_encoder = msgspec.json.Encoder()
 
 
 class MalformedChunk(ValueError):
@@ -187,11 +191,16 @@ def with_text(chunk: Chunk, text: str) -> Chunk:
     data = b"\n".join(line.removeprefix(b"data:") for line in chunk.wire.splitlines() if line)
     value = _decode_object(data)
     value["choices"][0]["delta"]["content"] = text
+    return chunk._replace(wire=encode_event(encode_json(value)))
+
+
+def encode_json(value: Any) -> bytes:
+    """``value`` as JSON. Where a text holds half a surrogate pair (an upstream cut a character over two deltas), all
+    that is not ASCII is escaped: UTF-8 cannot hold a half, an escape can."""
     try:
-        encoded = msgspec.json.encode(value)
-    except UnicodeEncodeError:  # half a surrogate pair
-        encoded = json.dumps(value).encode("ascii")
-    return chunk._replace(wire=b"data: %b\n\n" % encoded)
+        return _encoder.encode(value)
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode("ascii")
 
 
 def decode_json(data: bytes) -> Any:

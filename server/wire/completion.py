@@ -8,9 +8,10 @@ from typing import Any, Final
 import msgspec
 
 from server.errors import Interrupted, InvalidRequest, RelayError
-from server.wire.chat import invalid_body, mend_surrogates
-from server.wire.chunks import Answerer, Chunk
+from server.wire.chat import invalid_body, invalid_request, mend_surrogates
+from server.wire.chunks import DONE, Answerer, Chunk
 from server.wire.events import Summary
+from server.wire.sse import PING_COMMENT, encode_event
 
 __all__ = [
     "CompletionEncoder",
@@ -21,8 +22,7 @@ __all__ = [
     "encode_openai_error",
 ]
 
-_PING: Final = b": ping\n"  # one line end: openai-python takes a comment and a blank line behind an event for an event
-_DONE: Final = b"data: [DONE]\n\n"
+_DONE: Final = encode_event(DONE)
 
 _BOUNDS: Final = ("max_tokens", "max_completion_tokens")  # the same thing, before and after OpenAI renamed it
 
@@ -84,14 +84,14 @@ def decode_completion_request(body: bytes, *, max_tokens: int) -> CompletionRequ
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise invalid_body(exc, body) from None
     if _read(fields, "n", int | None) not in (None, 1):
-        raise _invalid("n", "n is not 1; one completion is made for a request")
+        raise invalid_request("n is not 1; one completion is made for a request", param="n")
     if not _read(fields, "messages", list[msgspec.Raw]):
-        raise _invalid("messages", "messages is missing or empty")
+        raise invalid_request("messages is missing or empty", param="messages")
     asked = {name: _read(fields, name, int | None) for name in _BOUNDS}
     bounds = {name: bound for name, bound in asked.items() if bound is not None} or {"max_tokens": max_tokens}
     for name, bound in bounds.items():
         if bound < 1:
-            raise _invalid(name, f"{name} is less than 1")
+            raise invalid_request(f"{name} is less than 1", param=name)
         fields[name] = msgspec.Raw(b"%d" % min(bound, max_tokens))
     return CompletionRequest(
         fields,
@@ -108,11 +108,7 @@ def _read(fields: dict[str, msgspec.Raw], name: str, type_: Any) -> Any:
     try:
         return msgspec.json.decode(fields[name], type=type_)
     except (msgspec.DecodeError, RecursionError) as exc:
-        raise _invalid(name, f"{name} is not what it should be: {exc}") from None
-
-
-def _invalid(param: str, reason: str) -> InvalidRequest:
-    return InvalidRequest("invalid_request", f"The request's body is not what this takes: {reason}.", param=param)
+        raise invalid_request(f"{name} is not what it should be: {exc}", param=name) from None
 
 
 # ---- What is answered
@@ -152,10 +148,10 @@ class CompletionEncoder:
         if self.answerer is None or not self._streamed:
             self.error = error
             return ()
-        return (b"data: %b\n\n" % encode_openai_error(error),)
+        return (encode_event(encode_openai_error(error)),)
 
     def ping(self, retry_ms: int | None = None) -> bytes:
-        return _PING
+        return PING_COMMENT
 
 
 def encode_openai_error(error: RelayError, *, status: int | None = None) -> bytes:

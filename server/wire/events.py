@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-import msgspec
-
 from server.errors import RelayError
-from server.wire.chunks import Answerer, Chunk, DeltaKind, Usage
+from server.wire.chunks import DONE, Answerer, Chunk, DeltaKind, Usage, encode_json
 from server.wire.sse import encode_event
 
-__all__ = ["EventEncoder", "EventId", "Summary", "encode_text", "read_event_id"]
+__all__ = ["EventEncoder", "EventId", "Summary", "read_event_id"]
 
 _RETRY_MS: Final = 1000  # how long an EventSource waits before it comes back
 
@@ -21,8 +18,6 @@ _RETRY_MS: Final = 1000  # how long an EventSource waits before it comes back
 _EVENT_ID: Final = re.compile(r"([A-Za-z0-9_-]{22,64})\.([0-9]{1,100})", re.ASCII)
 
 _PING: Final = encode_event(b"{}", type=b"ping")
-
-_encoder = msgspec.json.Encoder()
 
 
 class Summary(NamedTuple):
@@ -82,10 +77,10 @@ class EventEncoder:
         for kind, text in chunk.deltas:
             place = number + len(events)
             if kind is DeltaKind.CONTENT:
-                events.append(self._token % (place, encode_text(text)[1:-1]))
+                events.append(self._token % (place, encode_json(text)[1:-1]))
             elif kind is DeltaKind.REASONING:
                 events.append(
-                    b'event: reasoning\nid: %b.%d\ndata: {"reasoning":%b}\n\n' % (self._id, place, encode_text(text))
+                    b'event: reasoning\nid: %b.%d\ndata: {"reasoning":%b}\n\n' % (self._id, place, encode_json(text))
                 )
         return events
 
@@ -100,7 +95,7 @@ class EventEncoder:
             "ttft_ms": summary.ttft_ms,
             "duration_ms": summary.duration_ms,
         }
-        done = encode_event(b"[DONE]", id=b"%b.%d" % (self._id, number + 1))
+        done = encode_event(DONE, id=b"%b.%d" % (self._id, number + 1))
         return [self._event(number, fields, type=b"usage"), done]
 
     def stopped(self, number: int, summary: Summary) -> Sequence[bytes]:
@@ -120,20 +115,4 @@ class EventEncoder:
         return _PING if retry_ms is None else encode_event(b"{}", type=b"ping", retry=retry_ms)
 
     def _event(self, number: int, fields: dict[str, Any], *, type: bytes = b"", retry: int | None = None) -> bytes:  # noqa: A002
-        return encode_event(_encode_json(fields), type=type, id=b"%b.%d" % (self._id, number), retry=retry)
-
-
-def encode_text(text: str) -> bytes:
-    """``text`` as a JSON string, quotation marks included."""
-    try:
-        return _encoder.encode(text)
-    except UnicodeEncodeError:
-        # Half a surrogate pair: an upstream cut a character over two deltas. UTF-8 cannot hold it, a JSON escape can.
-        return json.dumps(text).encode("ascii")
-
-
-def _encode_json(value: dict[str, Any]) -> bytes:
-    try:
-        return _encoder.encode(value)
-    except UnicodeEncodeError:
-        return json.dumps(value, separators=(",", ":")).encode("ascii")
+        return encode_event(encode_json(fields), type=type, id=b"%b.%d" % (self._id, number), retry=retry)

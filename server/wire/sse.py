@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["MAX_EVENT_BYTES", "EventStreamParser", "EventTooLarge", "ServerSentEvent", "encode_event"]
+__all__ = ["MAX_EVENT_BYTES", "PING_COMMENT", "EventStreamParser", "EventTooLarge", "ServerSentEvent", "encode_event"]
 
 MAX_EVENT_BYTES = 1 << 20  # what one event of an upstream may hold before it counts as no event stream at all
+
+# A heartbeat that every client ignores. One line end: to some a blank line behind a comment is an event without data.
+PING_COMMENT = b": ping\n"
 
 _BOM = b"\xef\xbb\xbf"
 

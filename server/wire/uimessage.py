@@ -9,15 +9,15 @@ import msgspec
 
 from server.errors import InvalidRequest, RelayError
 from server.wire.chat import MAX_MESSAGES, Content, check_text, invalid_body, mend_surrogates
-from server.wire.chunks import Answerer, Chunk, DeltaKind
-from server.wire.events import Summary, encode_text
+from server.wire.chunks import DONE, Answerer, Chunk, DeltaKind, encode_json
+from server.wire.events import Summary
+from server.wire.sse import PING_COMMENT, encode_event
 
 __all__ = ["UIChat", "UIMessageEncoder", "decode_ui_chat"]
 
 _MAX_ID: Final = 200  # characters of a chat's id
 
-_PING: Final = b": ping\n"
-_DONE: Final = b"data: [DONE]\n\n"
+_DONE: Final = encode_event(DONE)
 
 
 # ---- What is asked
@@ -107,8 +107,8 @@ class UIMessageEncoder:
         self._parts = 0  # begun so far; a part's id is its number
 
     def start(self, number: int, model: str) -> Sequence[bytes]:
-        start = b'{"type":"start","messageId":%b}' % encode_text(self._message_id)
-        return [_part(start), _part(b'{"type":"start-step"}')]
+        start = b'{"type":"start","messageId":%b}' % encode_json(self._message_id)
+        return [encode_event(start), encode_event(b'{"type":"start-step"}')]
 
     def begin(self, answerer: Answerer) -> None: ...
 
@@ -124,22 +124,27 @@ class UIMessageEncoder:
             if (name := _PARTS.get(kind)) is not None:
                 events += self._turn_to(kind)
                 events.append(
-                    _part(b'{"type":"%b-delta","id":"%d","delta":%b}' % (name, self._parts, encode_text(text)))
+                    encode_event(b'{"type":"%b-delta","id":"%d","delta":%b}' % (name, self._parts, encode_json(text)))
                 )
         return events
 
     def complete(self, number: int, summary: Summary) -> Sequence[bytes]:
-        return [*self._turn_to(None), _part(b'{"type":"finish-step"}'), _part(b'{"type":"finish"}'), _DONE]
+        return [
+            *self._turn_to(None),
+            encode_event(b'{"type":"finish-step"}'),
+            encode_event(b'{"type":"finish"}'),
+            _DONE,
+        ]
 
     def stopped(self, number: int, summary: Summary) -> Sequence[bytes]:
-        return [*self._turn_to(None), _part(b'{"type":"abort"}'), _DONE]
+        return [*self._turn_to(None), encode_event(b'{"type":"abort"}'), _DONE]
 
     def failed(self, number: int, error: RelayError) -> Sequence[bytes]:
         """No ``[DONE]``: what was cut never looks complete."""
-        return [_part(b'{"type":"error","errorText":%b}' % encode_text(str(error)))]
+        return [encode_event(b'{"type":"error","errorText":%b}' % encode_json(str(error)))]
 
     def ping(self, retry_ms: int | None = None) -> bytes:
-        return _PING
+        return PING_COMMENT
 
     def _turn_to(self, kind: DeltaKind | None) -> list[bytes]:
         """End the part that is open and begin one of ``kind``, unless it is that one."""
@@ -147,13 +152,9 @@ class UIMessageEncoder:
             return []
         events = []
         if self._open is not None:
-            events.append(_part(b'{"type":"%b-end","id":"%d"}' % (_PARTS[self._open], self._parts)))
+            events.append(encode_event(b'{"type":"%b-end","id":"%d"}' % (_PARTS[self._open], self._parts)))
         if kind is not None:
             self._parts += 1
-            events.append(_part(b'{"type":"%b-start","id":"%d"}' % (_PARTS[kind], self._parts)))
+            events.append(encode_event(b'{"type":"%b-start","id":"%d"}' % (_PARTS[kind], self._parts)))
         self._open = kind
         return events
-
-
-def _part(json: bytes) -> bytes:
-    return b"data: %b\n\n" % json

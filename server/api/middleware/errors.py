@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Final
 
-import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from server.api.keys import SENT_STATUS, UPSTREAM_REQUEST_ID
-from server.errors import InternalError, MethodNotAllowed, NotFound, RelayError, Said, UpstreamFailed
+from server.errors import InternalError, MethodNotAllowed, NotFound, RelayError, UpstreamFailed
+from server.wire.chunks import encode_json
 from server.wire.completion import encode_openai_error
 
 __all__ = ["answer_errors", "as_response"]
@@ -48,7 +47,7 @@ def as_response(request: web.Request, error: RelayError) -> web.Response:
         # The AI SDK shows the body to people, as it is.
         response = web.Response(status=error.status, text=str(error))
     else:
-        response = _as_json(error.status, msgspec.json.encode({"error": error.code, "message": str(error)}))
+        response = _as_json(error.status, encode_json({"error": error.code, "message": str(error)}))
     response.headers["Cache-Control"] = "no-store"
     if isinstance(error, MethodNotAllowed):
         response.headers["Allow"] = error.allowed
@@ -67,7 +66,9 @@ def _as_openai(request: web.Request, error: RelayError) -> web.Response:
     if said is not None and said.request_id is not None:
         request[UPSTREAM_REQUEST_ID] = said.request_id
     if said is not None and 400 <= said.status <= 599 and said.status not in _OURS:
-        body = encode_openai_error(error, status=said.status) if said.error is None else _encode_said(said)
+        body = (
+            encode_openai_error(error, status=said.status) if said.error is None else encode_json({"error": said.error})
+        )
         response = _as_json(said.status, body)
         response.headers.update(said.headers)
         return response
@@ -75,13 +76,6 @@ def _as_openai(request: web.Request, error: RelayError) -> web.Response:
     if not error.retryable and (error.status >= 500 or error.status in _ASKED_AGAIN):
         response.headers["X-Should-Retry"] = "false"
     return response
-
-
-def _encode_said(said: Said) -> bytes:
-    try:
-        return msgspec.json.encode({"error": said.error})
-    except UnicodeEncodeError:  # half a surrogate pair, which only an escape can hold
-        return json.dumps({"error": said.error}).encode("ascii")
 
 
 def _translate(request: web.Request, exc: web.HTTPException) -> web.Response:
