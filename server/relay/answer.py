@@ -228,19 +228,8 @@ class Answer:
 
     def take_texts(self, texts: Sequence[bytes], wire: bytes) -> None:
         """Append a batch of tokens and tell the viewers once. The hot path."""
-        if not self.life.running:
-            return
-        count = len(texts)
-        if self._deltas + count <= self._budget and self.said is None:
-            try:
-                self.log.extend(self.encoder.tokens(self.log.next_number, texts, wire))
-            except LogFull:
-                pass  # those that still fit are appended below, one by one
-            else:
-                self._deltas += count
-                self.tokens += count
-                return
-        self.take(list(split_texts(texts, wire)))
+        if self.life.running and not self._add_run(texts, wire, self.log.extend):
+            self.take(list(split_texts(texts, wire)))
 
     def take(self, chunks: Sequence[Chunk]) -> None:
         """Append a batch's events and tell the viewers once."""
@@ -261,7 +250,8 @@ class Answer:
         try:
             for chunk in chunks:
                 if chunk.texts:
-                    self._append_texts(chunk.texts, chunk.wire)
+                    if not self._add_run(chunk.texts, chunk.wire, log.append_all):
+                        self._append(list(split_texts(chunk.texts, chunk.wire)))
                     continue
                 while self._deltas + len(chunk.deltas) > self._budget:
                     self._extend_budget()
@@ -278,19 +268,19 @@ class Answer:
         except LogFull:
             raise AnswerTooLarge from None
 
-    def _append_texts(self, texts: Sequence[bytes], wire: bytes) -> None:
-        """Append a run of tokens; tells nobody yet. As take_texts, and less often called than that."""
+    def _add_run(self, texts: Sequence[bytes], wire: bytes, add: Callable[[Sequence[bytes]], object]) -> bool:
+        """Let ``add`` put a run of tokens into the log; false, and nothing is put there, where there is more to be done
+        for each of them, or not all of them fit. The hot path."""
         count = len(texts)
-        if self.ttft is not None and self._deltas + count <= self._budget and self.said is None:
-            try:
-                self.log.append_all(self.encoder.tokens(self.log.next_number, texts, wire))
-            except LogFull:
-                pass  # those that still fit are appended below
-            else:
-                self._deltas += count
-                self.tokens += count
-                return
-        self._append(list(split_texts(texts, wire)))
+        if self.ttft is None or self.said is not None or self._deltas + count > self._budget:
+            return False
+        try:
+            add(self.encoder.tokens(self.log.next_number, texts, wire))
+        except LogFull:
+            return False
+        self._deltas += count
+        self.tokens += count
+        return True
 
     def _note(self, deltas: Sequence[Delta]) -> None:
         self._deltas += len(deltas)
