@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import os
 import shutil
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import NoReturn
 
 import pytest
 import uvloop
@@ -83,11 +85,22 @@ def need() -> Callable[[str], str]:
 
     def find(program: str) -> str:
         path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
-        if path is None:
-            reason = f"{program} is not installed"
-            if os.environ.get("REQUIRE_ALL") == "1":
-                pytest.fail(f"{reason}, and REQUIRE_ALL=1 allows no skip")
-            pytest.skip(reason)
-        return path
+        return path or miss(f"{program} is not installed")
 
     return find
+
+
+def miss(reason: str) -> NoReturn:
+    """Skip the test that cannot run for that reason; with REQUIRE_ALL=1 it fails."""
+    if os.environ.get("REQUIRE_ALL") == "1":
+        pytest.fail(f"{reason}, and REQUIRE_ALL=1 allows no skip")
+    pytest.skip(reason)
+
+
+def node_from(need: Callable[[str], str], *least: int) -> str:
+    """The path of a Node of that version or a later one."""
+    path = need("node")
+    version = subprocess.run([path, "--version"], check=True, capture_output=True, text=True).stdout.strip()
+    if tuple(map(int, version.removeprefix("v").split(".")[: len(least)])) < least:
+        miss(f"node {version} is older than {'.'.join(map(str, least))}")
+    return path

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +9,7 @@ from typing import Any, Protocol
 import pytest
 
 from tests.clients.node import DEADLINE_S, Failed, NodeScript, install_packages, run_script
+from tests.conftest import miss, node_from
 
 LEAST_NODE = 20  # the oldest that these clients were seen to run on, whatever their package.json asks for
 
@@ -25,21 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def node(need: Callable[[str], str]) -> str:
     """The path of Node, beside which the packages of ``js/package-lock.json`` are installed."""
-    path, npm = need("node"), need("npm")
-    version = subprocess.run([path, "--version"], check=True, capture_output=True, text=True).stdout.strip()
-    if int(version.removeprefix("v").split(".")[0]) < LEAST_NODE:
-        _miss(f"node {version} is older than {LEAST_NODE}")
+    path, npm = node_from(need, LEAST_NODE), need("npm")
     try:
         install_packages(npm)
     except Failed as exc:
-        _miss(str(exc))
+        miss(str(exc))
     return path
-
-
-def _miss(reason: str) -> None:
-    if os.environ.get("REQUIRE_ALL") == "1":
-        pytest.fail(f"{reason}, and REQUIRE_ALL=1 allows no skip")
-    pytest.skip(reason)
 
 
 class RunJs(Protocol):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import aiohttp
 import pytest
 from playwright.async_api import Browser, expect
 
-from tests.conftest import Launch
+from tests.conftest import Launch, miss, node_from
 from tests.ops.example_page import Chat, Failed, build, build_for, preview
 from tests.public import conftest as public
 from tests.public.conftest import GONE_S, Wire
@@ -38,21 +36,12 @@ chromium, browser = public.chromium, public.browser
 @pytest.fixture(scope="session")
 def node(need: Callable[[str], str]) -> str:
     """The path of Node, where the example is built."""
-    path, npm = need("node"), need("npm")
-    version = subprocess.run([path, "--version"], check=True, capture_output=True, text=True).stdout.strip()
-    if tuple(int(number) for number in version.removeprefix("v").split(".")[:2]) < LEAST_NODE:
-        _miss(f"node {version} is older than {LEAST_NODE[0]}.{LEAST_NODE[1]}")
+    path, npm = node_from(need, *LEAST_NODE), need("npm")
     try:
         build(npm)
     except Failed as exc:
-        _miss(str(exc))
+        miss(str(exc))
     return path
-
-
-def _miss(reason: str) -> None:
-    if os.environ.get("REQUIRE_ALL") == "1":
-        pytest.fail(f"{reason}, and REQUIRE_ALL=1 allows no skip")
-    pytest.skip(reason)
 
 
 @pytest.fixture
