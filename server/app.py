@@ -15,7 +15,7 @@ from server.api.admin import add_admin_routes
 from server.api.aisdk import chat, resume_chat, stop_chat
 from server.api.browser import ask, create_stream, stop_stream, view_stream
 from server.api.heads import stamp
-from server.api.keys import BUCKETS, CHATS, CONNECTIONS, DESK, FAST_PATH, LLM_TOKENS, SETTINGS, Chats
+from server.api.keys import CHATS, CONNECTIONS, DESK, FAST_PATH, LIMITS, SETTINGS, Chats
 from server.api.middleware.around import attend
 from server.api.middleware.checks import checking
 from server.api.middleware.client_address import find_client
@@ -28,12 +28,11 @@ from server.api.middleware.origin import (
     check_origin,
     complete_cors,
 )
-from server.api.middleware.rate_limit import limit_rate
+from server.api.middleware.rate_limit import limit_rate, limits_of
 from server.api.openai import complete, list_models, show_model
 from server.api.page import PublicFiles
 from server.connections import Connections
 from server.errors import MethodNotAllowed, NotFound
-from server.relay.admission import TokenBuckets
 from server.relay.desk import Desk
 from server.settings import Settings
 from server.upstream import direct
@@ -73,10 +72,7 @@ def create_app(
     app[SETTINGS] = settings
     app[CONNECTIONS] = connections
     app[FAST_PATH] = fast_path
-    if settings.rate_limit is not None:
-        app[BUCKETS] = TokenBuckets(settings.rate_limit)
-    if settings.token_limit is not None:
-        app[LLM_TOKENS] = TokenBuckets(settings.token_limit)
+    app[LIMITS] = limits_of(settings)
     app[CHATS] = Chats()
     app.cleanup_ctx.append(_open_relay)
     app.on_response_prepare.append(stamp)

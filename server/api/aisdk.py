@@ -9,7 +9,7 @@ from aiohttp import web
 
 from server.api.body import drop_body, read_json_body
 from server.api.event_stream import EVENT_STREAM, show
-from server.api.keys import CHATS, CLIENT, DESK, SETTINGS
+from server.api.keys import CHATS, DESK, EXCHANGE, SETTINGS
 from server.api.middleware.rate_limit import show_allowance
 from server.api.opening import open_answer, to_request
 from server.relay.desk import Stream
@@ -57,7 +57,7 @@ async def _show(request: web.Request, stream: Stream) -> web.StreamResponse:
 
 def _put(request: web.Request, chat_id: str, stream: Stream) -> None:
     """Make ``stream`` the chat's answer. The one before has no reader left who could find it: it is stopped."""
-    chats, name = request.app[CHATS], (request[CLIENT], chat_id)
+    chats, name = request.app[CHATS], (request[EXCHANGE].client, chat_id)
     before = chats.get(name)
     chats[name] = stream
     if before is not None:
@@ -67,7 +67,7 @@ def _put(request: web.Request, chat_id: str, stream: Stream) -> None:
 def _name_of_chat(request: web.Request) -> tuple[str, str]:
     """A chat is its client's: ids are the pages' own, and one that is always "chat" must not show a visitor the answers
     of another."""
-    return request[CLIENT], request.match_info["id"]
+    return request[EXCHANGE].client, request.match_info["id"]
 
 
 def _worth_reading(stream: Stream) -> bool:

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from server.api.body import drop_body, read_json_body
 from server.api.event_stream import show, show_events
-from server.api.keys import CLIENT, DESK, SETTINGS
+from server.api.keys import DESK, EXCHANGE, SETTINGS
 from server.api.middleware.rate_limit import show_allowance
 from server.api.opening import open_answer, to_request
 from server.errors import Interrupted, InvalidRequest, StreamNotFound
@@ -69,7 +69,7 @@ async def view_stream(request: web.Request) -> web.StreamResponse:
 async def stop_stream(request: web.Request) -> web.StreamResponse:
     """``DELETE /api/streams/SID``: nobody wants more of it."""
     await drop_body(request)
-    request.app[DESK].stop(request.match_info["id"], request[CLIENT])  # 404
+    request.app[DESK].stop(request.match_info["id"], request[EXCHANGE].client)  # 404
     return web.Response(status=204)
 
 

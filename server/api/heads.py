@@ -9,7 +9,7 @@ from email.utils import formatdate
 
 from aiohttp import web, web_response
 
-from server.api.keys import REQUEST_ID, SENT_STATUS, UPSTREAM_REQUEST_ID
+from server.api.keys import EXCHANGE, LIMITS, Exchange
 from server.api.middleware.origin import is_api
 from server.api.middleware.rate_limit import rate_limit_headers
 
@@ -18,21 +18,23 @@ __all__ = ["StreamHead", "stamp"]
 
 async def stamp(request: web.Request, response: web.StreamResponse) -> None:
     """Add the headers that every answer carries; called as its head is about to go out."""
-    request[SENT_STATUS] = response.status
-    response.headers.update(_stamps(request))
+    exchange = request.get(EXCHANGE)
+    if exchange is not None:
+        exchange.sent_status = response.status
+    response.headers.update(_stamps(request, exchange))
     if is_api(request):
         # Even of a 204 a cache may make its own: and then a question would be answered with somebody's end.
         response.headers.setdefault("Cache-Control", "no-store")
 
 
-def _stamps(request: web.Request) -> dict[str, str]:
-    stamps = {}
-    if REQUEST_ID in request:  # not where an expectation failed: aiohttp refuses that before any middleware
-        stamps["X-Request-ID"] = request.get(UPSTREAM_REQUEST_ID) or request[REQUEST_ID]
-    stamps["X-Content-Type-Options"] = "nosniff"
+def _stamps(request: web.Request, exchange: Exchange | None) -> dict[str, str]:
+    stamps = {"X-Content-Type-Options": "nosniff"}
+    if exchange is not None:
+        stamps["X-Request-ID"] = exchange.upstream_request_id or exchange.request_id
     if is_api(request):
         stamps["Vary"] = "Origin"
-        stamps |= rate_limit_headers(request)
+        if exchange is not None:
+            stamps |= rate_limit_headers(request.app[LIMITS], exchange)
     return stamps
 
 
@@ -58,8 +60,9 @@ class StreamHead:
             await request.app.on_response_prepare.send(request, response)
             lines = _lines(response.headers)
         else:
-            request[SENT_STATUS] = 200
-            lines = f"{self._lines}{_usual_lines(second)}{_lines(_stamps(request))}"
+            exchange = request[EXCHANGE]
+            exchange.sent_status = 200
+            lines = f"{self._lines}{_usual_lines(second)}{_lines(_stamps(request, exchange))}"
         return f"HTTP/1.1 200 OK\r\n{lines}\r\n".encode("utf-8", "ignore")  # as aiohttp, where an origin is no ASCII
 
 

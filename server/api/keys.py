@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
 
 from aiohttp import web
@@ -13,19 +13,16 @@ from server.relay.desk import Desk, Stream
 from server.settings import Settings
 
 __all__ = [
-    "ALLOWANCE",
-    "BUCKETS",
     "CHATS",
-    "CLIENT",
     "CONNECTIONS",
     "DESK",
+    "EXCHANGE",
     "FAST_PATH",
-    "LLM_TOKENS",
-    "REQUEST_ID",
-    "SENT_STATUS",
+    "LIMITS",
     "SETTINGS",
-    "UPSTREAM_REQUEST_ID",
     "Chats",
+    "Exchange",
+    "Limits",
 ]
 
 SETTINGS: Final = web.AppKey("settings", Settings)
@@ -34,13 +31,32 @@ CONNECTIONS: Final = web.AppKey("connections", Connections)
 Chats = WeakValueDictionary[tuple[str, str], Stream]
 CHATS: Final = web.AppKey("chats", Chats)
 DESK: Final = web.AppKey("desk", Desk)
-BUCKETS: Final = web.AppKey("buckets", TokenBuckets)  # of requests; absent where the limit is off
-LLM_TOKENS: Final = web.AppKey("llm_tokens", TokenBuckets)  # of generated tokens; likewise
 
+
+class Limits(NamedTuple):
+    """What each client may spend; None where there is no limit. ``policy`` tells clients of the first one."""
+
+    requests: TokenBuckets | None
+    llm_tokens: TokenBuckets | None
+    policy: str
+
+
+LIMITS: Final = web.AppKey("limits", Limits)
 FAST_PATH: Final = web.AppKey("fast_path", bool)  # whether events take the short way to their viewers
 
-REQUEST_ID: Final = web.RequestKey("request_id", str)
-CLIENT: Final = web.RequestKey("client", str)  # whom limits count for
-ALLOWANCE: Final = web.RequestKey("allowance", Allowance)  # what the client's bucket said
-UPSTREAM_REQUEST_ID: Final = web.RequestKey("upstream_request_id", str)  # of an answer in the upstream's language
-SENT_STATUS: Final = web.RequestKey("sent_status", int)  # set once the response's head is on its way
+
+class Exchange:
+    """What is known of a request and its answer, as they go along: one thing to look up, not five."""
+
+    __slots__ = ("allowance", "client", "request_id", "sent_status", "upstream_request_id")
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.client = ""  # whom limits count for
+        self.allowance: Allowance | None = None  # what the client's bucket said
+        self.upstream_request_id: str | None = None  # of an answer in the upstream's language
+        self.sent_status: int | None = None  # set once the response's head is on its way
+
+
+# Of every request that has come as far as the middlewares; a failed expectation is refused before.
+EXCHANGE: Final = web.RequestKey("exchange", Exchange)

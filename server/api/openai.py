@@ -8,7 +8,7 @@ from aiohttp import web
 
 from server.api.body import drop_body, read_json_body
 from server.api.event_stream import ResponseConnection, show
-from server.api.keys import DESK, SETTINGS, UPSTREAM_REQUEST_ID
+from server.api.keys import DESK, EXCHANGE, SETTINGS
 from server.api.middleware.rate_limit import show_allowance
 from server.api.opening import open_answer
 from server.errors import ModelNotFound
@@ -35,8 +35,8 @@ async def complete(request: web.Request) -> web.StreamResponse:
         await _first_word(stream, whole=not asked.streamed)
         if encoder.error is not None:
             raise encoder.error
-        if encoder.answerer is not None and encoder.answerer.request_id is not None:
-            request[UPSTREAM_REQUEST_ID] = encoder.answerer.request_id
+        if encoder.answerer is not None:
+            request[EXCHANGE].upstream_request_id = encoder.answerer.request_id
 
     if asked.streamed:
         return await show(request, request.app[DESK], stream, may_return=False, ready=ready)

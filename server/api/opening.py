@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 
-from server.api.keys import CLIENT, DESK
+from server.api.keys import DESK, EXCHANGE
 from server.api.middleware.rate_limit import spend
 from server.relay.answer import AnswerEncoder, AnswerRequest
 from server.relay.desk import Stream
@@ -28,7 +28,7 @@ def open_answer(
     """Admit the request and start its answer, which may cost ``max_tokens`` LLM tokens. Nothing in here waits: who was
     admitted has the place."""
     desk = request.app[DESK]
-    client = request[CLIENT]
+    client = request[EXCHANGE].client
     desk.admit(client)  # 429 too_many_streams, 503
     reservation = spend(request, max_tokens)  # 429 rate_limit_exceeded, token_limit_exceeded
     return desk.open(client, asked, reservation, encoder=encoder, kept=kept)

@@ -272,12 +272,14 @@ class Answer:
         """Let ``add`` put a run of tokens into the log; false, and nothing is put there, where there is more to be done
         for each of them, or not all of them fit. The hot path."""
         count = len(texts)
-        if self.ttft is None or self.said is not None or self._deltas + count > self._budget:
+        if self.said is not None or self._deltas + count > self._budget:
             return False
         try:
             add(self.encoder.tokens(self.log.next_number, texts, wire))
         except LogFull:
             return False
+        if self.ttft is None:
+            self.ttft = self._clock() - self._began_at
         self._deltas += count
         self.tokens += count
         return True

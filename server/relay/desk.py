@@ -9,7 +9,7 @@ import random
 import secrets
 import time
 from base64 import urlsafe_b64encode
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Final, Protocol
@@ -91,6 +91,8 @@ class Desk:
         self._streams: dict[str, Stream] = {}  # all that can be found, by id
         self._kept: dict[str, int] = {}  # the bytes of those that have ended, the first to end first
         self._kept_bytes = 0
+        self._expiring = OrderedDict[str, Stream]()  # those of them whose window is not over, in the same order
+        self._expiry: asyncio.TimerHandle | None = None  # of the first one: a timer for each would cost more than that
         self._viewers: dict[Viewer, tuple[Stream, Connection]] = {}
         self._places: Counter[str] = Counter()  # taken, by client
         self._tasks: set[asyncio.Task[None]] = set()
@@ -251,8 +253,11 @@ class Desk:
         for stream in self._streams.values():
             if stream.timer is not None:
                 stream.timer.cancel()
+        if self._expiry is not None:
+            self._expiry.cancel()
         self._streams.clear()
         self._kept.clear()
+        self._expiring.clear()
         self._kept_bytes = 0
 
     # ---- Bookkeeping
@@ -276,12 +281,30 @@ class Desk:
             self._free_place(stream)
         if life.state is State.FORGOTTEN:
             self._streams.pop(stream.id, None)
+            self._expiring.pop(stream.id, None)
             self._kept_bytes -= self._kept.pop(stream.id, 0)
         elif not life.running and stream.id not in self._kept:
             self._kept[stream.id] = stream.log.size + _KEPT_OVERHEAD
             self._kept_bytes += self._kept[stream.id]
+            self._expiring[stream.id] = stream
             self._make_room()
+            if self._expiry is None:
+                self._expire()
         self._set_timer(stream)
+
+    def _expire(self) -> None:
+        """Forget those whose window is over, and sleep until the next one's is. One that is read at that moment is
+        forgotten when its last reader leaves."""
+        self._expiry = None
+        now = self._clock()
+        while self._expiring:
+            stream = next(iter(self._expiring.values()))
+            if stream.life.kept_until > now:
+                if stream.life.kept_until < math.inf:
+                    self._expiry = asyncio.get_running_loop().call_at(stream.life.kept_until, self._expire)
+                return
+            del self._expiring[stream.id]
+            self._attend(stream)
 
     def _free_place(self, stream: Stream) -> None:
         stream.holds_place = False
@@ -320,11 +343,12 @@ class Desk:
             self._attend(stream)
 
     def _set_timer(self, stream: Stream) -> None:
+        """For one that runs and waits for a viewer."""
         if stream.timer is not None:
             stream.timer.cancel()
             stream.timer = None
         due_at = stream.life.due_at
-        if due_at is not None and due_at < math.inf:
+        if due_at is not None and due_at < math.inf and stream.life.running:
             stream.timer = asyncio.get_running_loop().call_at(due_at, self._attend, stream)
 
 

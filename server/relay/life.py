@@ -65,14 +65,14 @@ class Life:
     ended and one that has ended is to be forgotten: both are the owner's to do, as it holds what they concern.
     """
 
-    __slots__ = ("_clock", "_grace", "_kept_until", "_return_until", "_window", "due_at", "outcome", "state", "viewers")
+    __slots__ = ("_clock", "_grace", "_return_until", "_window", "due_at", "kept_until", "outcome", "state", "viewers")
 
     def __init__(self, *, grace: float, window: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._grace = grace
         self._window = window
         self._clock = clock
         self._return_until = -math.inf  # until then one of those who dropped may be back
-        self._kept_until = -math.inf
+        self.kept_until = -math.inf  # s of the clock: the end of its window
         self.state = State.AWAITED
         self.outcome: Outcome | None = None
         self.viewers = 0
@@ -107,25 +107,25 @@ class Life:
             self.due_at = max(now, self._return_until)
         else:
             self._move(State.KEPT)
-            self.due_at = self._kept_until
+            self.due_at = self.kept_until
 
     def end(self, outcome: Outcome) -> None:
         """It has ended, once and for all."""
         self._move(State.REPLAYED if self.viewers else State.KEPT)
         self.outcome = outcome
-        self._kept_until = self._clock() + self._window
-        self.due_at = None if self.viewers else self._kept_until
+        self.kept_until = self._clock() + self._window
+        self.due_at = None if self.viewers else self.kept_until
 
     @property
     def given_up(self) -> bool:
         """Whether its window was cut short."""
-        return not self.running and self._kept_until == -math.inf
+        return not self.running and self.kept_until == -math.inf
 
     def give_up(self) -> None:
         """Cut its window short: it is to be forgotten as soon as nobody reads it."""
-        self._kept_until = -math.inf
+        self.kept_until = -math.inf
         if self.state is State.KEPT:
-            self.due_at = self._kept_until
+            self.due_at = self.kept_until
 
     def forget(self) -> None:
         self._move(State.FORGOTTEN)

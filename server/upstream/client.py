@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections import defaultdict
 from collections.abc import Awaitable
 from types import SimpleNamespace, TracebackType
 from typing import Any, Final, Protocol
@@ -28,6 +29,7 @@ from server.upstream.said import (
     said_in_stream,
 )
 from server.wire.chunks import Answerer, Chunk, ChunkSink, MalformedChunk, decode_completion
+from server.wire.shapes import KnownShapes
 
 __all__ = ["UpstreamClient", "UpstreamRequest"]
 
@@ -62,6 +64,7 @@ class UpstreamClient:
         self._connect_timeout = connect_timeout
         self._direct = direct
         self._requests: dict[tuple[Endpoint, bool], DirectRequest] = {}  # made once
+        self._shapes: defaultdict[Endpoint, KnownShapes] = defaultdict(KnownShapes)
 
     async def __aenter__(self) -> UpstreamClient:
         # No bound of its own: admission bounds the streams, and a queue here would be a silent wait.
@@ -102,7 +105,7 @@ class UpstreamClient:
                     await _check_head(response, endpoint, verbatim=asked.verbatim)
                 sink.begin(Answerer(endpoint.model, read_request_id(response.headers), endpoint.name))
                 if asked.streamed:
-                    reader = AnswerReader(sink, verbatim=asked.verbatim)
+                    reader = AnswerReader(sink, verbatim=asked.verbatim, shapes=self._shapes[endpoint])
                     if isinstance(response, DirectResponse):
                         await read_body_directly(response, reader)
                     else:

@@ -65,7 +65,10 @@ class Progress:
             self._sink.take(chunks)
 
     def take_texts(self, texts: Sequence[bytes], wire: bytes) -> None:
-        """The hot path. The first content of a try never comes this way: from it the short cut is learnt."""
+        """The hot path."""
+        if not self.heard:
+            self.take([Chunk(texts=texts, wire=wire)])
+            return
         if self._silence is not None:
             self._silence.heard()
         if self._wanted:

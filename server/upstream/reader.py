@@ -8,6 +8,7 @@ from typing import Final
 from server.errors import UpstreamInvalid
 from server.upstream.attempt import AttemptFailed, failed_in_stream
 from server.wire.chunks import DONE, Chunk, ChunkSink, MalformedChunk, decode_chunk
+from server.wire.shapes import KnownShapes
 from server.wire.sse import EventStreamParser, EventTooLarge, ServerSentEvent
 from server.wire.template import TokenTemplate
 
@@ -23,14 +24,17 @@ class AnswerReader:
     """Reads one answer: the bytes of its body in, cut anywhere, and what they say to ``sink``, once a call.
 
     No I/O. ``over`` says that ``[DONE]`` has come, ``finished`` that a finish_reason has: from there on a close is a
-    clean end. ``verbatim``: each chunk carries its event as it came.
+    clean end. ``verbatim``: each chunk carries its event as it came. ``shapes`` is what is known of the endpoint's
+    events, and what is found out is added there.
     """
 
     __slots__ = (
+        "_envelope",
         "_fitted",
         "_lessons",
         "_malformed",
         "_parser",
+        "_shapes",
         "_sink",
         "_tail",
         "_template",
@@ -39,9 +43,11 @@ class AnswerReader:
         "over",
     )
 
-    def __init__(self, sink: ChunkSink, *, verbatim: bool = False) -> None:
+    def __init__(self, sink: ChunkSink, *, verbatim: bool = False, shapes: KnownShapes | None = None) -> None:
         self._sink = sink
         self._verbatim = verbatim
+        self._shapes = None if verbatim else shapes  # of events that are passed on there is more to be said
+        self._envelope: bytes | None = None  # of a known shape; not yet looked for while None
         self._parser = EventStreamParser(keep_lines=verbatim)
         self._template: TokenTemplate | None = None
         self._lessons = _LESSONS
@@ -96,6 +102,8 @@ class AnswerReader:
             events = exc.events
             failure = AttemptFailed(UpstreamInvalid(), str(exc))
         chunks: list[Chunk] = []
+        if self._envelope is None and events:
+            chunks += self._recognise(events[0])
         at = 0
         while at < len(events):
             if self._template is not None and (run := self._template.run_of(events, at)):
@@ -117,6 +125,8 @@ class AnswerReader:
                 chunk = chunk._replace(wire=event.lines + b"\n\n")
             chunks.append(chunk)
         if self.over:
+            if self._shapes is not None and self._template is not None and self._fitted and not self._envelope:
+                self._shapes.remember(self._template)
             self._sink.end(chunks)
             return
         if chunks:
@@ -126,6 +136,15 @@ class AnswerReader:
         if self._template is not None:
             self._tail = self._parser.give_back(_MAX_TAIL)
 
+    def _recognise(self, first: ServerSentEvent) -> Iterable[Chunk]:
+        """Begin with what other answers have shown, if this one's ``first`` event is of the same shape."""
+        self._envelope = b""
+        known = None if self._shapes is None or first.type != b"message" else self._shapes.recognise(first.data)
+        if known is None:
+            return ()
+        self._template, self._envelope = known
+        return (Chunk(model=self._template.model),)
+
     def _chunks_of(self, run: Sequence[bytes], events: Sequence[ServerSentEvent], first: int) -> Iterable[Chunk]:
         """What the events from ``first`` on say, whose texts are ``run``."""
         if self._verbatim:  # events that fit may still differ in what stands before their data
@@ -133,6 +152,12 @@ class AnswerReader:
         return (Chunk(texts=run),)
 
     def _read(self, event: ServerSentEvent, wire: bytes) -> Chunk:
+        if self._envelope and self._shapes is not None and event.data.startswith(self._envelope):
+            known = self._shapes.meaning_of(event.data[len(self._envelope) :])
+            if known is not None and event.type == b"message":
+                if known.finish_reason:
+                    self.finished = True
+                return known
         try:
             chunk = decode_chunk(event.data, verbatim=self._verbatim)
         except MalformedChunk:
@@ -147,6 +172,8 @@ class AnswerReader:
         if chunk.finish_reason:
             self.finished = True
         self._learn(event.data, chunk, wire)
+        if self._shapes is not None and not chunk.deltas:
+            self._shapes.note(event.data, chunk)
         return chunk
 
     def _learn(self, data: bytes, chunk: Chunk, wire: bytes) -> None:

@@ -30,15 +30,18 @@ _PROBED: Final = (Delta(DeltaKind.CONTENT, _PROBE),)
 class TokenTemplate:
     """What stands round the text of one answer's token events. Immutable, no I/O.
 
-    ``model`` is the one that they name; ``blank`` is how an event ends on the wire, in this stream's line ends.
+    ``before`` and ``after`` are the rest of an event's data; ``model`` is the one that it names; ``blank`` is how an
+    event ends on the wire, in this stream's line ends.
     """
 
-    __slots__ = ("_after", "_begin", "_end", "_shortest", "blank", "model")
+    __slots__ = ("_begin", "_end", "_shortest", "after", "before", "blank", "line_end", "model")
 
     def __init__(self, before: bytes, after: bytes, line_end: bytes, model: str | None) -> None:
         self.model = model
+        self.before = before
+        self.after = after
+        self.line_end = line_end
         self.blank = 2 * line_end
-        self._after = after
         self._begin = _FIELD + before
         self._end = after + self.blank
         self._shortest = len(self._begin) + len(self._end)  # bytes of an event without text
@@ -70,7 +73,7 @@ class TokenTemplate:
 
     def text_of(self, data: bytes) -> bytes | None:
         """The text that an event's ``data`` holds, as the inside of a JSON string; None if it does not fit."""
-        after = self._after
+        after = self.after
         if not data.endswith(after):
             return None
         begins, ends = len(self._begin) - len(_FIELD), len(data) - len(after)
@@ -80,7 +83,7 @@ class TokenTemplate:
 
     def run_of(self, events: Sequence[ServerSentEvent], first: int) -> list[bytes]:
         """The texts of the events from ``first`` on, as many of them as fit, as :meth:`text_of` each."""
-        before, after = self._begin[len(_FIELD) :], self._after
+        before, after = self.before, self.after
         begins, ends = len(before), -len(after)
         texts: list[bytes] = []
         for event in islice(events, first, None):
@@ -107,7 +110,7 @@ class TokenTemplate:
         pieces = events.split(self.blank)
         if pieces.pop():
             return None
-        after = self._after
+        after = self.after
         first, last = len(begin), -len(after)
         texts = [piece[first:last] for piece in pieces if piece.startswith(begin) and piece.endswith(after)]
         # Joined by a space: halves of one character, cut over two events, are not to be taken for a whole one.

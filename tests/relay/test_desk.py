@@ -315,11 +315,12 @@ async def test_a_closed_desk_leaves_no_timer_and_no_task(source: Endless) -> Non
     running, left, kept = desk.open("a", REQUEST), desk.open("a", REQUEST), ended_stream(desk)
     with desk.viewing(left, FakeConnection(), may_return=True):
         await asyncio.sleep(0.01)
-    timers = [stream.timer for stream in (running, left, kept)]
+    timers = [running.timer, left.timer, desk._expiry]
+    assert kept.timer is None  # all that have ended share one
     assert all(timers)
     await desk.close()
     assert source.running == 0
     assert (desk.streams, desk.kept) == (0, 0)
-    for stream in (running, left, kept):
+    for stream in (running, left):
         assert stream.timer is None or stream.timer.cancelled()
     assert all(timer is not None and timer.cancelled() for timer in timers)

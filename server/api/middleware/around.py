@@ -7,8 +7,8 @@ import time
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from server.api.keys import CONNECTIONS
-from server.api.middleware.request_id import name_request
+from server.api.keys import CONNECTIONS, EXCHANGE, Exchange
+from server.api.middleware.request_id import request_id_of
 from server.api.middleware.request_log import log_request
 
 __all__ = ["attend"]
@@ -21,7 +21,7 @@ async def attend(request: web.Request, handler: Handler) -> web.StreamResponse:
     One middleware, as in server/api/middleware/checks.py: each is a coroutine that waits while a stream is open.
     """
     began_at = time.monotonic()
-    name_request(request)
+    request[EXCHANGE] = exchange = Exchange(request_id_of(request))
     connections = request.app[CONNECTIONS]
     connections.request_begun(request.protocol)
     status = None
@@ -30,5 +30,5 @@ async def attend(request: web.Request, handler: Handler) -> web.StreamResponse:
         status = response.status
         return response
     finally:
-        log_request(request, status, began_at)
+        log_request(request, exchange, status, began_at)
         connections.request_answered()

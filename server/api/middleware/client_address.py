@@ -9,7 +9,7 @@ from typing import Final
 
 from aiohttp import web
 
-from server.api.keys import CLIENT, SETTINGS
+from server.api.keys import EXCHANGE, SETTINGS
 from server.settings import TrustedProxies
 
 __all__ = ["client_of", "find_client", "from_trusted_proxy"]
@@ -24,12 +24,11 @@ _WITH_PORT: Final = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+):
 
 def find_client(request: web.Request) -> None:
     """Note whom the limits count for."""
-    trusted = request.app[SETTINGS].trusted_proxies
-    request[CLIENT] = client_of(
+    request[EXCHANGE].client = client_of(
         peer_of(request),
         request.headers.getall("X-Forwarded-For", []),
         request.headers.get("X-Real-IP"),
-        trusted,
+        request.app[SETTINGS].trusted_proxies,
     )
 
 
@@ -40,7 +39,7 @@ def from_trusted_proxy(request: web.Request) -> bool:
 
 def peer_of(request: web.Request) -> str:
     """The address at the other end of the socket; ``unix`` for a Unix socket."""
-    peer = request.get_extra_info("peername")
+    peer = request.protocol.peername  # which asks the kernel once a connection
     return str(peer[0]) if isinstance(peer, tuple) else UNIX
 
 
@@ -52,7 +51,7 @@ def client_of(peer: str, forwarded_for: list[str], real_ip: str | None, trusted:
     """
     named_by_others = forwarded_for or real_ip is not None
     if not named_by_others or not _is_trusted(peer, trusted):
-        return _name(_parse(peer)) or peer
+        return _name_of_peer(peer)
     named: Address | None = None
     hops = [hop.strip() for line in forwarded_for for hop in line.split(",")]
     if hops:
@@ -62,7 +61,7 @@ def client_of(peer: str, forwarded_for: list[str], real_ip: str | None, trusted:
                 break
     elif real_ip is not None:
         named = _parse(real_ip.strip())
-    return _name(named) or _name(_parse(peer)) or peer
+    return _name(named) or _name_of_peer(peer)
 
 
 def _is_trusted(peer: str, trusted: TrustedProxies) -> bool:
@@ -86,6 +85,10 @@ def _parse(text: str) -> Address | None:
 
 
 @functools.lru_cache(maxsize=4096)
+def _name_of_peer(peer: str) -> str:
+    return _name(_parse(peer)) or peer
+
+
 def _name(address: Address | None) -> str | None:
     """One IPv6 customer has a whole /64: by single address a client would have 2^64 buckets."""
     if isinstance(address, ipaddress.IPv6Address):

@@ -8,7 +8,7 @@ from typing import Final
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from server.api.keys import SENT_STATUS, UPSTREAM_REQUEST_ID
+from server.api.keys import EXCHANGE
 from server.errors import InternalError, MethodNotAllowed, NotFound, RelayError, UpstreamFailed
 from server.wire.chunks import encode_json
 from server.wire.completion import encode_openai_error
@@ -33,7 +33,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return _translate(request, exc)
     except Exception:
         _log.exception("request_failed")
-        if SENT_STATUS in request and request.transport is not None:
+        if request[EXCHANGE].sent_status is not None and request.transport is not None:
             # A cut response must not look like a whole one. What is returned below finds the connection closed.
             request.transport.abort()
         return as_response(request, InternalError())
@@ -64,7 +64,7 @@ def _as_openai(request: web.Request, error: RelayError) -> web.Response:
     """As OpenAI's clients know it: what the upstream itself said, but for what it said of our key; else our words."""
     said = error.said if isinstance(error, UpstreamFailed) else None
     if said is not None and said.request_id is not None:
-        request[UPSTREAM_REQUEST_ID] = said.request_id
+        request[EXCHANGE].upstream_request_id = said.request_id
     if said is not None and 400 <= said.status <= 599 and said.status not in _OURS:
         body = (
             encode_openai_error(error, status=said.status) if said.error is None else encode_json({"error": said.error})

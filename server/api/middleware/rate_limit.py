@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from server.api.keys import ALLOWANCE, BUCKETS, CLIENT, LLM_TOKENS
+from server.api.keys import EXCHANGE, LIMITS, Exchange, Limits
 from server.errors import RateLimited, TokenLimitExceeded
-from server.relay.admission import Reservation
-from server.settings import Rate
+from server.relay.admission import Reservation, TokenBuckets
+from server.settings import Rate, Settings
 
-__all__ = ["limit_rate", "rate_limit_headers", "show_allowance", "spend"]
+__all__ = ["limit_rate", "limits_of", "rate_limit_headers", "show_allowance", "spend"]
 
 
 @web.middleware
@@ -26,56 +25,65 @@ async def limit_rate(request: web.Request, handler: Handler) -> web.StreamRespon
     try:
         return await handler(request)
     except RateLimited as refusal:
-        refusal.retry_after = math.ceil(request[ALLOWANCE].next_in)
+        if (allowance := request[EXCHANGE].allowance) is not None:
+            refusal.retry_after = math.ceil(allowance.next_in)
         raise
     except TokenLimitExceeded as refusal:
-        refusal.retry_after = math.ceil(request.app[LLM_TOKENS].look(request[CLIENT]).next_in)
+        if (llm_tokens := request.app[LIMITS].llm_tokens) is not None:
+            refusal.retry_after = math.ceil(llm_tokens.look(request[EXCHANGE].client).next_in)
         raise
 
 
 def spend(request: web.Request, max_tokens: int) -> Reservation | None:
     """Take a request from the client's bucket, and reserve up to ``max_tokens`` of its LLM tokens where they are
     limited. Raises RateLimited or TokenLimitExceeded, and then nothing was taken."""
-    client = request[CLIENT]
-    buckets, llm_tokens = request.app.get(BUCKETS), request.app.get(LLM_TOKENS)
-    if llm_tokens is None:
-        if buckets is not None:
-            request[ALLOWANCE] = allowance = buckets.take(client)
-            if not allowance.admitted:
-                raise RateLimited
-        return None
-    show_allowance(request)
-    if buckets is not None and not request[ALLOWANCE].admitted:
-        raise RateLimited
-    reservation = llm_tokens.reserve(client, max_tokens)
-    if reservation is None:
-        raise TokenLimitExceeded
-    if buckets is not None:
-        request[ALLOWANCE] = buckets.take(client)
+    exchange = request[EXCHANGE]
+    requests, llm_tokens, _ = request.app[LIMITS]
+    reservation = None
+    if llm_tokens is not None:
+        show_allowance(request)
+        if exchange.allowance is not None and not exchange.allowance.admitted:
+            raise RateLimited
+        reservation = llm_tokens.reserve(exchange.client, max_tokens)
+        if reservation is None:
+            raise TokenLimitExceeded
+    if requests is not None:
+        exchange.allowance = requests.take(exchange.client)
+        if not exchange.allowance.admitted:
+            raise RateLimited
     return reservation
 
 
 def show_allowance(request: web.Request) -> None:
     """Let the answer's headers say how the client stands, with nothing taken."""
-    buckets = request.app.get(BUCKETS)
-    if buckets is not None:
-        request[ALLOWANCE] = buckets.look(request[CLIENT])
+    requests = request.app[LIMITS].requests
+    if requests is not None:
+        request[EXCHANGE].allowance = requests.look(request[EXCHANGE].client)
 
 
-def rate_limit_headers(request: web.Request) -> dict[str, str]:
+def rate_limit_headers(limits: Limits, exchange: Exchange) -> dict[str, str]:
     """``RateLimit-Policy`` and ``RateLimit`` (draft-ietf-httpapi-ratelimit-headers) of an answer that was admitted.
 
     ``r`` is what is left, ``t`` the seconds until the next token comes back.
     """
-    buckets, allowance = request.app.get(BUCKETS), request.get(ALLOWANCE)
-    if buckets is None or allowance is None:
+    allowance = exchange.allowance
+    if allowance is None:
         return {}
     return {
-        "RateLimit-Policy": _policy(buckets.rate),
+        "RateLimit-Policy": limits.policy,
         "RateLimit": f'"requests";r={allowance.remaining};t={math.ceil(allowance.next_in)}',
     }
 
 
-@functools.lru_cache(maxsize=4)
+def limits_of(settings: Settings) -> Limits:
+    """The buckets that the settings ask for, all of them full."""
+    rate, tokens = settings.rate_limit, settings.token_limit
+    return Limits(
+        requests=None if rate is None else TokenBuckets(rate),
+        llm_tokens=None if tokens is None else TokenBuckets(tokens),
+        policy="" if rate is None else _policy(rate),
+    )
+
+
 def _policy(rate: Rate) -> str:
     return f'"requests";q={rate.amount};w={math.ceil(rate.seconds)}'

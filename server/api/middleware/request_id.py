@@ -8,18 +8,16 @@ from typing import Final
 
 from aiohttp import web
 
-from server.api.keys import REQUEST_ID
-
-__all__ = ["name_request"]
+__all__ = ["request_id_of"]
 
 # What may go into a log and a header as it is.
 _ACCEPTED: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-def name_request(request: web.Request) -> None:
-    """Take over the ``X-Request-ID`` that came, if it is harmless, else make one."""
+def request_id_of(request: web.Request) -> str:
+    """The ``X-Request-ID`` that came, if it is harmless, else a new one."""
     given = request.headers.get("X-Request-ID")
-    request[REQUEST_ID] = given if given and _ACCEPTED.fullmatch(given) else _random_id()
+    return given if given and _ACCEPTED.fullmatch(given) else _random_id()
 
 
 def _random_id() -> str:

@@ -7,7 +7,7 @@ import time
 
 from aiohttp import web
 
-from server.api.keys import CLIENT, REQUEST_ID, SENT_STATUS, UPSTREAM_REQUEST_ID
+from server.api.keys import Exchange
 from server.logs import log_event
 
 __all__ = ["log_request"]
@@ -17,7 +17,7 @@ _CLIENT_CLOSED_REQUEST = 499  # nginx's name for a client that left before the s
 _log = logging.getLogger("sluice.request")
 
 
-def log_request(request: web.Request, status: int | None, began_at: float) -> None:
+def log_request(request: web.Request, exchange: Exchange, status: int | None, began_at: float) -> None:
     """Log method, path, status, client and duration of a request that is over, also of one that was cancelled; it had
     begun at ``began_at`` (s, time.monotonic)."""
     log_event(
@@ -26,9 +26,9 @@ def log_request(request: web.Request, status: int | None, began_at: float) -> No
         "request",
         method=request.method,
         path=request.path[:200],
-        status=request.get(SENT_STATUS) or status or _CLIENT_CLOSED_REQUEST,
-        client=request.get(CLIENT),
-        request_id=request.get(REQUEST_ID),
-        upstream_request_id=request.get(UPSTREAM_REQUEST_ID),
+        status=exchange.sent_status or status or _CLIENT_CLOSED_REQUEST,
+        client=exchange.client or None,
+        request_id=exchange.request_id,
+        upstream_request_id=exchange.upstream_request_id,
         duration_ms=round((time.monotonic() - began_at) * 1000),
     )
