@@ -255,9 +255,9 @@ class Answer:
                     continue
                 while self._deltas + len(chunk.deltas) > self._budget:
                     self._extend_budget()
-                for event in self.encoder.chunk(log.next_number, chunk):
-                    log.append(event)
-                if chunk.deltas:
+                if chunk.deltas or chunk.wire:
+                    for event in self.encoder.chunk(log.next_number, chunk):
+                        log.append(event)
                     self._note(chunk.deltas)
                 if chunk.finish_reason is not None:
                     self._finish_reason = chunk.finish_reason
@@ -286,7 +286,7 @@ class Answer:
 
     def _note(self, deltas: Sequence[Delta]) -> None:
         self._deltas += len(deltas)
-        if self.ttft is None:
+        if self.ttft is None and deltas:
             self.ttft = self._clock() - self._began_at
         for kind, text in deltas:
             if kind is DeltaKind.CONTENT:

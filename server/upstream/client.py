@@ -100,19 +100,22 @@ class UpstreamClient:
         try:
             response = await request
             del request  # not needed while the body flows: an open stream would hold a kilobyte and more of it
-            async with response:
-                if not isinstance(response, DirectResponse):  # of which more is known already
+            reader = AnswerReader(sink, verbatim=asked.verbatim, shapes=self._shapes[endpoint])
+            if isinstance(response, DirectResponse):  # whose head has been found to be an event stream's
+                with response:
+                    sink.begin(_answerer(endpoint, response))
+                    if not asked.streamed:
+                        raise _not_json()
+                    await read_body_directly(response, reader)
+            else:
+                async with response:
                     await _check_head(response, endpoint, verbatim=asked.verbatim)
-                sink.begin(Answerer(endpoint.model, read_request_id(response.headers), endpoint.name))
-                if asked.streamed:
-                    reader = AnswerReader(sink, verbatim=asked.verbatim, shapes=self._shapes[endpoint])
-                    if isinstance(response, DirectResponse):
-                        await read_body_directly(response, reader)
-                    else:
+                    sink.begin(_answerer(endpoint, response))
+                    if asked.streamed:
                         await _check_stream(response)
                         await read_body(response, reader)
-                else:
-                    sink.end([await _read_completion(response)])
+                    else:
+                        sink.end([await _read_completion(response)])
         except AttemptFailed as failed:
             if failed.error_object is not None:
                 failed.error.said = said_in_stream(failed.error_object, response, endpoint)
@@ -174,6 +177,10 @@ def _head_to(endpoint: Endpoint, *, streamed: bool) -> bytes:
     return "\r\n".join([*lines, "Content-Length: "]).encode("ascii")
 
 
+def _answerer(endpoint: Endpoint, response: _Response) -> Answerer:
+    return Answerer(endpoint.model, read_request_id(response.headers), endpoint.name)
+
+
 async def _note_reuse(session: aiohttp.ClientSession, context: Any, params: Any) -> None:
     context.trace_request_ctx.reused = True
 
@@ -188,6 +195,10 @@ async def _check_head(response: aiohttp.ClientResponse, endpoint: Endpoint, *, v
         raise failed_status(response.status, said, response.headers.get("Retry-After"))
     if response.headers.get("Content-Encoding", "identity").lower() not in {"identity", "gzip", "deflate"}:
         raise AttemptFailed(UpstreamInvalid(), "an unknown content encoding")
+
+
+def _not_json() -> AttemptFailed:
+    return AttemptFailed(UpstreamInvalid(), "not JSON")
 
 
 async def _check_stream(response: aiohttp.ClientResponse) -> None:
@@ -207,10 +218,10 @@ async def _failed_json(response: aiohttp.ClientResponse) -> AttemptFailed:
     return AttemptFailed(UpstreamInvalid(), "a JSON body instead of an event stream")
 
 
-async def _read_completion(response: _Response) -> Chunk:
+async def _read_completion(response: aiohttp.ClientResponse) -> Chunk:
     """The whole of a completion that was not streamed. Raises AttemptFailed where it is none."""
-    if isinstance(response, DirectResponse) or not is_json(media_type_of(response)):
-        raise AttemptFailed(UpstreamInvalid(), "not JSON")
+    if not is_json(media_type_of(response)):
+        raise _not_json()
     body = bytearray()
     try:
         while data := await response.content.readany():

@@ -472,10 +472,10 @@ class DirectResponse:
         self._headers = None
         return self._protocol
 
-    async def __aenter__(self) -> DirectResponse:
+    def __enter__(self) -> DirectResponse:
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._connection.release()

@@ -106,12 +106,16 @@ class AnswerReader:
             chunks += self._recognise(events[0])
         at = 0
         while at < len(events):
-            if self._template is not None and (run := self._template.run_of(events, at)):
+            event = events[at]
+            if (
+                (template := self._template) is not None
+                and event.data.startswith(template.before)
+                and (run := template.run_of(events, at))
+            ):
                 self._fitted = True
                 chunks += self._chunks_of(run, events, at)
                 at += len(run)
                 continue
-            event = events[at]
             at += 1
             if event.data == DONE:
                 self.over = True

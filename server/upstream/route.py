@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from typing import Final, Protocol
+from collections.abc import Coroutine, Sequence
+from typing import Any, Final, Protocol
 
 from server.errors import UpstreamTimeout
 from server.logs import log_event
@@ -126,15 +126,16 @@ class UpstreamRoute:
             else:
                 return
 
-    async def _answer(self, upstreams: Sequence[Upstream], request: RoutedRequest, sink: ChunkSink) -> None:
+    def _answer(
+        self, upstreams: Sequence[Upstream], request: RoutedRequest, sink: ChunkSink
+    ) -> Coroutine[Any, Any, None]:
         """Hand on what the first says that says something. Raises AttemptFailed."""
         # A completion that is not streamed shows no first token: it would be paid twice whenever it takes its time.
         if self._hedge_after is None or len(upstreams) == 1 or not request.streamed:
-            await self._ask_in_turn(upstreams, request, sink)
-        else:
-            await Race(self._hedge_after, self._budget, sink).run(
-                upstreams, lambda upstream, permit, progress: self._ask(upstream, permit, request, progress)
-            )
+            return self._ask_in_turn(upstreams, request, sink)
+        return Race(self._hedge_after, self._budget, sink).run(
+            upstreams, lambda upstream, permit, progress: self._ask(upstream, permit, request, progress)
+        )
 
     def _upstreams_for(self, request: RoutedRequest) -> Sequence[Upstream]:
         """Those that have the model which was asked for come first; the others can still stand in for them."""
@@ -163,7 +164,7 @@ class UpstreamRoute:
         """Ask one upstream, as often as may help; ``permit`` is for the first try. Raises AttemptFailed."""
         silence = SilenceDeadline(first=self._first_token_timeout, idle=self._idle_timeout)
         try:
-            async with silence:
+            with silence:
                 await self._try(upstream, permit, request, progress, silence)
         except TimeoutError as exc:
             if not silence.expired:

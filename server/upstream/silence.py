@@ -9,7 +9,7 @@ __all__ = ["SilenceDeadline"]
 
 
 class SilenceDeadline:
-    """Bounds the silence before and between tokens; an async context manager that raises TimeoutError like
+    """Bounds the silence before and between tokens; a context manager that raises TimeoutError like
     ``asyncio.timeout``.
 
     ``first`` (s) runs from entering to the first :meth:`heard`, ``idle`` (s) from each :meth:`heard` to the next.
@@ -26,7 +26,7 @@ class SilenceDeadline:
         self.deadline = 0.0  # s, loop clock
         self.expired = False
 
-    async def __aenter__(self) -> SilenceDeadline:
+    def __enter__(self) -> SilenceDeadline:
         task = asyncio.current_task()
         if task is None or self.deadline:
             raise RuntimeError("a deadline can be entered once, in a task")
@@ -36,7 +36,7 @@ class SilenceDeadline:
         self._set_timer(self.deadline)
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._timer.cancel()

@@ -15,8 +15,8 @@ from server.wire.template import TokenTemplate
 
 __all__ = ["KnownShapes"]
 
-# What may stand before the choices and is no part of the answer but for the model: fields of known names, whose values have
-# no quotation mark, escape or bracket in which anything else could hide.
+# What may stand before the choices and is no part of the answer but for the model: fields of known names, in whose
+# values nothing else can hide.
 _VALUE: Final = rb'(?:"[^"\\\x00-\x1f]*"|0|[1-9][0-9]*|null)'
 _FIELD: Final = rb'"(?:id|object|created|service_tier|system_fingerprint|provider)": ?' + _VALUE + rb", ?"
 _ENVELOPE: Final = re.compile(rb'\{(?:%b)*"model": ?"([ !#-\[\]-~]{1,200})", ?(?:%b)*(?="choices":)' % (_FIELD, _FIELD))

@@ -15,9 +15,8 @@ async def test_silence_from_the_start_ends_with_the_first_time() -> None:
     """SLUICE_FIRST_TOKEN_TIMEOUT."""
     silence = SilenceDeadline(first=0.05, idle=10)
     began_at = time.monotonic()
-    with pytest.raises(TimeoutError):
-        async with silence:
-            await asyncio.sleep(10)
+    with pytest.raises(TimeoutError), silence:
+        await asyncio.sleep(10)
     assert silence.expired
     assert 0.04 <= time.monotonic() - began_at < 2
 
@@ -28,7 +27,7 @@ async def test_the_idle_time_runs_from_what_was_heard_last() -> None:
     began_at = time.monotonic()
 
     async def listen() -> None:
-        async with silence:
+        with silence:
             for _ in range(4):
                 await asyncio.sleep(0.1)
                 silence.heard()
@@ -40,7 +39,7 @@ async def test_the_idle_time_runs_from_what_was_heard_last() -> None:
 
 
 async def test_the_first_time_no_longer_matters_once_something_was_heard() -> None:
-    async with SilenceDeadline(first=0.1, idle=10) as silence:
+    with SilenceDeadline(first=0.1, idle=10) as silence:
         silence.heard()
         await asyncio.sleep(0.2)
     assert not silence.expired
@@ -57,7 +56,7 @@ async def test_hearing_moves_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
         timers += 1
         return call_at(*args, **kwargs)
 
-    async with SilenceDeadline(first=30, idle=20) as silence:
+    with SilenceDeadline(first=30, idle=20) as silence:
         monkeypatch.setattr(loop, "call_at", counting)
         for _ in range(10_000):
             silence.heard()
@@ -66,7 +65,7 @@ async def test_hearing_moves_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_a_timer_that_wakes_early_sleeps_on() -> None:
     """It is set once an idle time, however many tokens come in it."""
-    async with SilenceDeadline(first=0.1, idle=5) as silence:
+    with SilenceDeadline(first=0.1, idle=5) as silence:
         for _ in range(10):
             silence.heard()
             await asyncio.sleep(0.03)
@@ -74,22 +73,21 @@ async def test_a_timer_that_wakes_early_sleeps_on() -> None:
 
 
 async def test_nothing_expires_after_leaving() -> None:
-    async with SilenceDeadline(first=0.05, idle=0.05) as silence:
+    with SilenceDeadline(first=0.05, idle=0.05) as silence:
         silence.heard()
     await asyncio.sleep(0.15)
     assert not silence.expired
 
 
 async def test_an_error_inside_goes_through() -> None:
-    with pytest.raises(KeyError):
-        async with SilenceDeadline(first=10, idle=10):
-            raise KeyError
+    with pytest.raises(KeyError), SilenceDeadline(first=10, idle=10):
+        raise KeyError
 
 
 async def test_a_timeout_of_somebody_else_is_not_ours() -> None:
     silence = SilenceDeadline(first=10, idle=10)
-    with pytest.raises(TimeoutError):
-        async with silence, asyncio.timeout(0.01):
+    with pytest.raises(TimeoutError), silence:
+        async with asyncio.timeout(0.01):
             await asyncio.sleep(10)
     assert not silence.expired
 
@@ -105,7 +103,7 @@ async def test_a_cancellation_that_meets_the_expiry_is_never_swallowed(turns: in
     accepted = None
 
     async def listen() -> None:
-        async with silence:
+        with silence:
             await asyncio.sleep(10)
 
     def cancel(left: int) -> None:
