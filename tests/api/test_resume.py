@@ -277,11 +277,13 @@ async def test_leaving_in_the_instant_of_the_end_loses_nothing(
     """Row B5 with clients that can resume, 150 times: the answer is complete, whoever of the two was faster."""
     chance = random.Random(5)
     asking: list[Returning] = []
+    begun = asyncio.Event()
 
     async def script(call: Call) -> None:
         connection, leave_before = asking[-1].client, chance.choice([True, False])  # not the one that it comes back on
         await call.head()
         await call.token("a")
+        await begun.wait()  # who has not heard the start knows nothing to come back to
         for _ in range(chance.randrange(8)):
             await asyncio.sleep(0)
         if leave_before:
@@ -299,8 +301,10 @@ async def test_leaving_in_the_instant_of_the_end_loses_nothing(
     for number in range(1, 151):
         client = Returning(server.port, "/api/stream?q=hi")
         asking.append(client)
+        begun.clear()
         await _come_back(client)
         await client.hear(0)
+        begun.set()
         await until(lambda number=number: len(lines("stream_end")) == number, within=5, every=0.001)  # type: ignore[misc]
         client.leave("silence")
         await _come_back(client)
