@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from server.upstream.attempt import AttemptFailed
 from server.upstream.reader import MAX_MALFORMED_EVENTS, AnswerReader
 from server.wire.chunks import DONE, Chunk, MalformedChunk, Usage, decode_chunk
+from server.wire.shapes import KnownShapes
 from server.wire.sse import EventStreamParser
 from server.wire.template import TokenTemplate
 from tests.upstream.recording import Recording
@@ -34,9 +35,9 @@ def cut(wire: bytes, cuts: list[int]) -> list[bytes]:
     return [wire[a:b] for a, b in zip([0, *places], [*places, len(wire)], strict=True)]
 
 
-def read(*pieces: bytes) -> tuple[Recording, AnswerReader]:
+def read(*pieces: bytes, shapes: KnownShapes | None = None) -> tuple[Recording, AnswerReader]:
     sink = Recording()
-    reader = AnswerReader(sink)
+    reader = AnswerReader(sink, shapes=shapes)
     for piece in pieces:
         if not reader.over:
             reader.feed(piece)
@@ -207,6 +208,66 @@ def test_the_model_that_is_named_last_is_reported_last(last: bytes, behind: str)
     assert [chunk.model for chunk in sink.chunks if chunk.model][-2:] == ["sim-2", "sim-3"]
     sink, _ = read(*tokens, *named, *tokens)
     assert said_by(sink.chunks, 0).model == "sim"
+
+
+# ---- What other answers of the endpoint have shown
+
+
+def answer(number: int, texts: list[str], **fields: Any) -> bytes:
+    """A whole one, as most endpoints write it."""
+    fields = {"id": f"chatcmpl-{number}", "created": number, **fields}
+    return b"".join(
+        [
+            event(chunk({"role": "assistant", "content": ""}, **fields)),
+            *(token(text, **fields) for text in texts),
+            event(chunk({}, "stop", **fields)),
+            event(chunk(usage={"prompt_tokens": 1, "completion_tokens": 2}, **fields)),
+            event(DONE),
+        ]
+    )
+
+
+@pytest.mark.parametrize("events", ["in one read", "in reads of their own"])
+def test_of_a_later_answer_only_the_usage_is_decoded(monkeypatch: pytest.MonkeyPatch, events: str) -> None:
+    """Once the frame has been seen to hold, and each kind of event once."""
+    shapes, lessons, decoded_before = KnownShapes(), Lessons(monkeypatch), 0
+    for number in range(4):
+        wire = answer(number, USUAL[:8], model=f"sim-{number}")
+        reads = [wire] if events == "in one read" else [block + b"\n\n" for block in wire.split(b"\n\n")[:-1]]
+        sink, _ = read(*reads, shapes=shapes)
+        assert said_by(sink.chunks, sink.done) == decoded(wire)
+        needed, decoded_before = lessons.decoded - decoded_before, lessons.decoded
+    assert needed == 1
+    assert lessons.count == 1
+
+
+def test_a_frame_that_never_held_is_not_remembered() -> None:
+    """Where an endpoint pads its events, looking for what is known would be in vain each time."""
+    shapes = KnownShapes()
+    wire = b"".join([*(token(text, obfuscation="x" * place) for place, text in enumerate(USUAL)), event(DONE)])
+    read(wire, shapes=shapes)
+    assert shapes.recognise(wire[6:]) is None
+
+
+ANSWERS = st.builds(
+    lambda number, texts, model: answer(number, texts, model=model),
+    st.integers(0, 3),
+    st.lists(TOKENS, max_size=4),
+    st.sampled_from(["sim", "sim-2", "é"]),
+)
+
+
+@given(st.lists(st.one_of(ANSWERS, WIRES), max_size=5), st.one_of(ANSWERS, WIRES), CUTS)
+def test_whatever_was_answered_before_an_answer_says_what_its_events_say(
+    before: list[bytes], wire: bytes, cuts: list[int]
+) -> None:
+    shapes = KnownShapes()
+    for earlier in before:
+        with contextlib.suppress(AttemptFailed):
+            read(earlier, shapes=shapes)
+    sink, reader = read(*cut(wire, cuts), shapes=shapes)
+    assert said_by(sink.chunks, sink.done) == decoded(wire)
+    assert reader.finished is any(chunk.finish_reason for chunk in sink.chunks)
 
 
 # ---- The end
