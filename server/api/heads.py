@@ -9,7 +9,7 @@ from email.utils import formatdate
 
 from aiohttp import web, web_response
 
-from server.api.keys import EXCHANGE, LIMITS, Exchange
+from server.api.keys import EXCHANGE, Exchange
 from server.api.middleware.origin import is_api
 from server.api.middleware.rate_limit import rate_limit_headers
 
@@ -34,7 +34,7 @@ def _stamps(request: web.Request, exchange: Exchange | None) -> dict[str, str]:
     if is_api(request):
         stamps["Vary"] = "Origin"
         if exchange is not None:
-            stamps |= rate_limit_headers(request.app[LIMITS], exchange)
+            stamps |= rate_limit_headers(exchange)
     return stamps
 
 

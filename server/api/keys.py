@@ -48,10 +48,11 @@ FAST_PATH: Final = web.AppKey("fast_path", bool)  # whether events take the shor
 class Exchange:
     """What is known of a request and its answer, as they go along: one thing to look up, not five."""
 
-    __slots__ = ("allowance", "client", "request_id", "sent_status", "upstream_request_id")
+    __slots__ = ("allowance", "client", "limits", "request_id", "sent_status", "upstream_request_id")
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, limits: Limits) -> None:
         self.request_id = request_id
+        self.limits = limits
         self.client = ""  # whom limits count for
         self.allowance: Allowance | None = None  # what the client's bucket said
         self.upstream_request_id: str | None = None  # of an answer in the upstream's language

@@ -16,9 +16,9 @@ Heartbeats = Callable[[int | None], bytes]  # the next one; in ms, how long the 
 # It is aiohttp's own high-water mark: beyond it a write waits.
 _WRITE_BYTES: Final = 64 << 10
 
-# Turns of the loop that a viewer of a running answer gives way for before its first write. In the first one the answer's
-# task asks the upstream, which is to begin as early as can be; what one that is fast has said by the end of the second
-# goes out in the same write, at half of what two would cost.
+# Turns of the loop that a viewer of a running answer gives way for before its first write. In the first one the
+# answer's task asks the upstream, which is to begin as early as can be; what a fast one has said by the end of the
+# second goes out in the same write, at half of what two would cost.
 _GIVES_WAY: Final = 2
 
 _CHECKS_PER_WRITE_TIMEOUT: Final = 8  # how often a viewer looks whether its reader still takes something

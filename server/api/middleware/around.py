@@ -7,7 +7,7 @@ import time
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from server.api.keys import CONNECTIONS, EXCHANGE, Exchange
+from server.api.keys import CONNECTIONS, EXCHANGE, LIMITS, Exchange
 from server.api.middleware.request_id import request_id_of
 from server.api.middleware.request_log import log_request
 
@@ -21,8 +21,9 @@ async def attend(request: web.Request, handler: Handler) -> web.StreamResponse:
     One middleware, as in server/api/middleware/checks.py: each is a coroutine that waits while a stream is open.
     """
     began_at = time.monotonic()
-    request[EXCHANGE] = exchange = Exchange(request_id_of(request))
-    connections = request.app[CONNECTIONS]
+    app = request.app
+    request[EXCHANGE] = exchange = Exchange(request_id_of(request), app[LIMITS])
+    connections = app[CONNECTIONS]
     connections.request_begun(request.protocol)
     status = None
     try:

@@ -24,12 +24,13 @@ _WITH_PORT: Final = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+):
 
 def find_client(request: web.Request) -> None:
     """Note whom the limits count for."""
-    request[EXCHANGE].client = client_of(
-        peer_of(request),
-        request.headers.getall("X-Forwarded-For", []),
-        request.headers.get("X-Real-IP"),
-        request.app[SETTINGS].trusted_proxies,
-    )
+    peer, headers = peer_of(request), request.headers
+    if "X-Forwarded-For" in headers or "X-Real-IP" in headers:
+        trusted = request.app[SETTINGS].trusted_proxies
+        client = client_of(peer, headers.getall("X-Forwarded-For", []), headers.get("X-Real-IP"), trusted)
+    else:
+        client = _name_of_peer(peer)
+    request[EXCHANGE].client = client
 
 
 def from_trusted_proxy(request: web.Request) -> bool:
@@ -49,8 +50,7 @@ def client_of(peer: str, forwarded_for: list[str], real_ip: str | None, trusted:
     Behind a trusted peer it is the right-most untrusted address of X-Forwarded-For (the left-most one where all are
     trusted), or X-Real-IP where there is none; garbage there counts as the proxy itself.
     """
-    named_by_others = forwarded_for or real_ip is not None
-    if not named_by_others or not _is_trusted(peer, trusted):
+    if not _is_trusted(peer, trusted):
         return _name_of_peer(peer)
     named: Address | None = None
     hops = [hop.strip() for line in forwarded_for for hop in line.split(",")]

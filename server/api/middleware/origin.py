@@ -58,14 +58,13 @@ def allowed_methods(request: web.Request) -> frozenset[str]:
 
 
 def _may_ask(request: web.Request) -> bool:
-    listed = request.app[SETTINGS].cors_origins
     origin = request.headers.get("Origin")
-    if _is_listed(origin, listed):
+    # No Origin comes with a no-cors GET either (an <img> whose src is our stream), but then the browser says so.
+    if origin is None and request.headers.get("Sec-Fetch-Site") not in {"cross-site", "same-site"}:
         return True
-    if origin is None:
-        # No Origin comes with a no-cors GET either (an <img> whose src is our stream), but then the browser says so.
-        return request.headers.get("Sec-Fetch-Site") not in {"cross-site", "same-site"}
-    return origin == _own_origin(request)
+    if _is_listed(origin, request.app[SETTINGS].cors_origins):
+        return True
+    return origin is not None and origin == _own_origin(request)
 
 
 def _is_listed(origin: str | None, listed: tuple[str, ...]) -> bool:

@@ -7,7 +7,7 @@ import math
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from server.api.keys import EXCHANGE, LIMITS, Exchange, Limits
+from server.api.keys import EXCHANGE, Exchange, Limits
 from server.errors import RateLimited, TokenLimitExceeded
 from server.relay.admission import Reservation, TokenBuckets
 from server.settings import Rate, Settings
@@ -29,8 +29,9 @@ async def limit_rate(request: web.Request, handler: Handler) -> web.StreamRespon
             refusal.retry_after = math.ceil(allowance.next_in)
         raise
     except TokenLimitExceeded as refusal:
-        if (llm_tokens := request.app[LIMITS].llm_tokens) is not None:
-            refusal.retry_after = math.ceil(llm_tokens.look(request[EXCHANGE].client).next_in)
+        exchange = request[EXCHANGE]
+        if (llm_tokens := exchange.limits.llm_tokens) is not None:
+            refusal.retry_after = math.ceil(llm_tokens.look(exchange.client).next_in)
         raise
 
 
@@ -38,7 +39,7 @@ def spend(request: web.Request, max_tokens: int) -> Reservation | None:
     """Take a request from the client's bucket, and reserve up to ``max_tokens`` of its LLM tokens where they are
     limited. Raises RateLimited or TokenLimitExceeded, and then nothing was taken."""
     exchange = request[EXCHANGE]
-    requests, llm_tokens, _ = request.app[LIMITS]
+    requests, llm_tokens, _ = exchange.limits
     reservation = None
     if llm_tokens is not None:
         show_allowance(request)
@@ -56,12 +57,13 @@ def spend(request: web.Request, max_tokens: int) -> Reservation | None:
 
 def show_allowance(request: web.Request) -> None:
     """Let the answer's headers say how the client stands, with nothing taken."""
-    requests = request.app[LIMITS].requests
+    exchange = request[EXCHANGE]
+    requests = exchange.limits.requests
     if requests is not None:
-        request[EXCHANGE].allowance = requests.look(request[EXCHANGE].client)
+        exchange.allowance = requests.look(exchange.client)
 
 
-def rate_limit_headers(limits: Limits, exchange: Exchange) -> dict[str, str]:
+def rate_limit_headers(exchange: Exchange) -> dict[str, str]:
     """``RateLimit-Policy`` and ``RateLimit`` (draft-ietf-httpapi-ratelimit-headers) of an answer that was admitted.
 
     ``r`` is what is left, ``t`` the seconds until the next token comes back.
@@ -70,7 +72,7 @@ def rate_limit_headers(limits: Limits, exchange: Exchange) -> dict[str, str]:
     if allowance is None:
         return {}
     return {
-        "RateLimit-Policy": limits.policy,
+        "RateLimit-Policy": exchange.limits.policy,
         "RateLimit": f'"requests";r={allowance.remaining};t={math.ceil(allowance.next_in)}',
     }
 
