@@ -95,7 +95,7 @@ class Viewer:
         self._check_every = min(heartbeat, write_timeout / _CHECKS_PER_WRITE_TIMEOUT)
         self._offset = offset
         self._waits = False  # it has been sent all that the log has, and its task waits
-        self._turn: asyncio.Future[None] | None = None  # what the task waits for
+        self._turn: asyncio.Future[None] | None = None  # what the task waits for, or last waited for
         self._sent_bytes = 0
         self._sent_at = self._loop.time()  # when the last event or ping was sent
         self._taken_bytes = 0  # of those sent, as of the last check
@@ -125,7 +125,7 @@ class Viewer:
         try:
             if not (log.ended or self.level):
                 self._give_way(_GIVES_WAY)
-                await self._woken()
+                await self._next_turn()
             while True:
                 data = log.read(self._offset, _WRITE_BYTES)
                 self._offset += len(data)
@@ -139,8 +139,9 @@ class Viewer:
                     self._note_sent(data)
                     await connection.write(data)
                 else:
-                    await self._woken()
+                    await self._next_turn()
         finally:
+            self._waits = False
             self._timer.cancel()
             log.unsubscribe(self._take)
 
@@ -150,15 +151,11 @@ class Viewer:
         else:
             self._wake()
 
-    async def _woken(self) -> None:
-        """Wait for something to do."""
+    def _next_turn(self) -> asyncio.Future[None]:
+        """To be awaited, until there is something to do."""
         self._turn = self._loop.create_future()
         self._waits = True
-        try:
-            await self._turn
-        finally:
-            self._waits = False
-            self._turn = None
+        return self._turn
 
     def _heartbeat_due(self) -> bytes:
         if self._retry_ms is not None:
