@@ -20,6 +20,7 @@ from server.errors import (
     UpstreamTimeout,
 )
 from server.relay.admission import Reservation
+from server.relay.deadlines import Deadlines
 from server.relay.life import Life, Outcome
 from server.relay.log import LogFull, ReplayLog
 from server.wire.chunks import Answerer, Chunk, ChunkSink, Delta, DeltaKind, Usage, split_texts
@@ -69,8 +70,6 @@ class AnswerLimits(Protocol):
     """The bounds of one answer, as the settings name them."""
 
     @property
-    def stream_timeout(self) -> float: ...
-    @property
     def max_answer_bytes(self) -> int: ...
     @property
     def log_prompts(self) -> bool: ...
@@ -113,11 +112,10 @@ class Answer:
         "_clock",
         "_deltas",
         "_finish_reason",
-        "_limits",
+        "_lifetimes",
         "_reservation",
         "_source",
         "_task",
-        "_timer",
         "_usage",
         "duration",
         "encoder",
@@ -143,6 +141,7 @@ class Answer:
         log: ReplayLog,
         encoder: AnswerEncoder,
         *,
+        lifetimes: Deadlines[Answer],
         reservation: Reservation | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -157,7 +156,7 @@ class Answer:
         self.duration: float | None = None  # s
         self.said: list[str] | None = [] if limits.log_prompts else None  # kept only for the log
         self._source = source
-        self._limits = limits
+        self._lifetimes = lifetimes
         self._reservation = reservation
         self._budget = math.inf if reservation is None else reservation.amount  # deltas
         self.on_end: Callable[[], object] = _nothing
@@ -168,7 +167,6 @@ class Answer:
         self._finish_reason: str | None = None
         self._usage = _NO_USAGE
         self._task: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None  # for the whole answer's time
         self.log.extend(self.encoder.start(0, self.model))
 
     @property
@@ -178,11 +176,8 @@ class Answer:
 
     def start(self) -> asyncio.Task[None]:
         """Begin, in a task of its own: an answer does not hang on any viewer's connection."""
-        loop = asyncio.get_running_loop()
-        self._task = loop.create_task(self._run())
-        # Not asyncio.timeout: its scope keeps the task, and with that a cancelled answer would be a cycle of objects
-        # that only a pause for the garbage collector frees.
-        self._timer = loop.call_later(self._limits.stream_timeout, self._run_out_of_time)
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._lifetimes.add(self)
         return self._task
 
     def let_go(self) -> None:
@@ -322,7 +317,8 @@ class Answer:
             duration_ms=round((self._clock() - self._began_at) * 1000),
         )
 
-    def _run_out_of_time(self) -> None:
+    def run_out_of_time(self) -> None:
+        """The whole of its time is over."""
         if self._finish_reason is not None:  # all was said, but for the [DONE] that never came
             self._complete()
         else:
@@ -331,8 +327,7 @@ class Answer:
 
     def _end(self, outcome: Outcome, last: Sequence[bytes]) -> None:
         self.life.end(outcome)
-        if self._timer is not None:
-            self._timer.cancel()
+        self._lifetimes.discard(self)
         self.duration = self._clock() - self._began_at
         # At once, and not when the task is over: the client's next request may be here before the upstream's connection
         # is tidied up.

@@ -9,15 +9,15 @@ import random
 import secrets
 import time
 from base64 import urlsafe_b64encode
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Final, Protocol
 
 from server.errors import Overloaded, ShuttingDown, StreamNotFound, TooManyStreams
 from server.logs import log_event
 from server.relay.admission import Reservation
 from server.relay.answer import Answer, AnswerEncoder, AnswerLimits, AnswerRequest, Source
+from server.relay.deadlines import Deadlines
 from server.relay.life import Life, Outcome, State
 from server.relay.log import EventLog, PassingLog, ReplayLog
 from server.relay.viewer import Connection, Heartbeats, Viewer
@@ -42,6 +42,8 @@ class DeskLimits(AnswerLimits, Protocol):
     """The bounds of all answers together, as the settings name them."""
 
     @property
+    def stream_timeout(self) -> float: ...
+    @property
     def max_streams(self) -> int: ...
     @property
     def max_streams_per_client(self) -> int: ...
@@ -58,9 +60,22 @@ class DeskLimits(AnswerLimits, Protocol):
 class Stream:
     """An answer as the desk keeps it, from its opening until it is forgotten."""
 
-    __slots__ = ("__weakref__", "answer", "client", "delivered", "holds_place", "id", "life", "log", "ping", "timer")
+    __slots__ = (
+        "__weakref__",
+        "_desk",
+        "answer",
+        "client",
+        "delivered",
+        "holds_place",
+        "id",
+        "life",
+        "log",
+        "ping",
+        "timer",
+    )
 
-    def __init__(self, client: str, answer: Answer) -> None:
+    def __init__(self, desk: Desk, client: str, answer: Answer) -> None:
+        self._desk = desk
         self.id = answer.id
         self.client = client  # whom it was opened for
         self.life = answer.life
@@ -75,6 +90,14 @@ class Stream:
         """End its answer with ``outcome``, unless it has ended."""
         if self.answer is not None:
             self.answer.stop(outcome)
+
+    def attend(self) -> None:
+        """Its life has moved, or something is due."""
+        self._desk._attend(self)
+
+    def task_over(self, task: asyncio.Task[None]) -> None:
+        """Its answer's task is."""
+        self._desk._task_over(self, task)
 
 
 class Desk:
@@ -91,8 +114,8 @@ class Desk:
         self._streams: dict[str, Stream] = {}  # all that can be found, by id
         self._kept: dict[str, int] = {}  # the bytes of those that have ended, the first to end first
         self._kept_bytes = 0
-        self._expiring = OrderedDict[str, Stream]()  # those of them whose window is not over, in the same order
-        self._expiry: asyncio.TimerHandle | None = None  # of the first one: a timer for each would cost more than that
+        self._windows = Deadlines[Stream](limits.resume_window, Stream.attend, clock=clock)
+        self._lifetimes = Deadlines[Answer](limits.stream_timeout, Answer.run_out_of_time, clock=clock)
         self._viewers: dict[Viewer, tuple[Stream, Connection]] = {}
         self._places: Counter[str] = Counter()  # taken, by client
         self._tasks: set[asyncio.Task[None]] = set()
@@ -155,18 +178,19 @@ class Desk:
             ),
             (ReplayLog if kept else PassingLog)(max_bytes=limits.max_answer_bytes),
             encoder(stream_id),
+            lifetimes=self._lifetimes,
             reservation=reservation,
             clock=self._clock,
         )
-        stream = Stream(client, answer)
-        answer.on_end = partial(self._attend, stream)
+        stream = Stream(self, client, answer)
+        answer.on_end = stream.attend
         self._streams[stream.id] = stream
         self._places[client] += 1
         self.streams += 1
         self._empty.clear()
         task = answer.start()
         self._tasks.add(task)
-        task.add_done_callback(partial(self._task_over, stream))
+        task.add_done_callback(stream.task_over)
         self._set_timer(stream)
         return stream
 
@@ -253,11 +277,10 @@ class Desk:
         for stream in self._streams.values():
             if stream.timer is not None:
                 stream.timer.cancel()
-        if self._expiry is not None:
-            self._expiry.cancel()
+        self._windows.close()
+        self._lifetimes.close()
         self._streams.clear()
         self._kept.clear()
-        self._expiring.clear()
         self._kept_bytes = 0
 
     # ---- Bookkeeping
@@ -281,30 +304,14 @@ class Desk:
             self._free_place(stream)
         if life.state is State.FORGOTTEN:
             self._streams.pop(stream.id, None)
-            self._expiring.pop(stream.id, None)
+            self._windows.discard(stream)
             self._kept_bytes -= self._kept.pop(stream.id, 0)
         elif not life.running and stream.id not in self._kept:
             self._kept[stream.id] = stream.log.size + _KEPT_OVERHEAD
             self._kept_bytes += self._kept[stream.id]
-            self._expiring[stream.id] = stream
+            self._windows.add(stream)
             self._make_room()
-            if self._expiry is None:
-                self._expire()
         self._set_timer(stream)
-
-    def _expire(self) -> None:
-        """Forget those whose window is over, and sleep until the next one's is. One that is read at that moment is
-        forgotten when its last reader leaves."""
-        self._expiry = None
-        now = self._clock()
-        while self._expiring:
-            stream = next(iter(self._expiring.values()))
-            if stream.life.kept_until > now:
-                if stream.life.kept_until < math.inf:
-                    self._expiry = asyncio.get_running_loop().call_at(stream.life.kept_until, self._expire)
-                return
-            del self._expiring[stream.id]
-            self._attend(stream)
 
     def _free_place(self, stream: Stream) -> None:
         stream.holds_place = False
@@ -349,7 +356,7 @@ class Desk:
             stream.timer = None
         due_at = stream.life.due_at
         if due_at is not None and due_at < math.inf and stream.life.running:
-            stream.timer = asyncio.get_running_loop().call_at(due_at, self._attend, stream)
+            stream.timer = asyncio.get_running_loop().call_at(due_at, stream.attend)
 
 
 class Viewing:

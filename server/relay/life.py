@@ -68,10 +68,10 @@ class Life:
     __slots__ = (
         "_clock",
         "_grace",
+        "_kept_until",
         "_return_until",
         "_window",
         "due_at",
-        "kept_until",
         "outcome",
         "running",
         "state",
@@ -83,7 +83,7 @@ class Life:
         self._window = window
         self._clock = clock
         self._return_until = -math.inf  # until then one of those who dropped may be back
-        self.kept_until = -math.inf  # s of the clock: the end of its window
+        self._kept_until = -math.inf
         self.state = State.AWAITED
         self.running = True
         self.outcome: Outcome | None = None
@@ -115,26 +115,26 @@ class Life:
             self.due_at = max(now, self._return_until)
         else:
             self._move(State.KEPT)
-            self.due_at = self.kept_until
+            self.due_at = self._kept_until
 
     def end(self, outcome: Outcome) -> None:
         """It has ended, once and for all."""
         self._move(State.REPLAYED if self.viewers else State.KEPT)
         self.running = False
         self.outcome = outcome
-        self.kept_until = self._clock() + self._window
-        self.due_at = None if self.viewers else self.kept_until
+        self._kept_until = self._clock() + self._window
+        self.due_at = None if self.viewers else self._kept_until
 
     @property
     def given_up(self) -> bool:
         """Whether its window was cut short."""
-        return not self.running and self.kept_until == -math.inf
+        return not self.running and self._kept_until == -math.inf
 
     def give_up(self) -> None:
         """Cut its window short: it is to be forgotten as soon as nobody reads it."""
-        self.kept_until = -math.inf
+        self._kept_until = -math.inf
         if self.state is State.KEPT:
-            self.due_at = self.kept_until
+            self.due_at = self._kept_until
 
     def forget(self) -> None:
         self._move(State.FORGOTTEN)

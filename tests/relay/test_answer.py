@@ -13,6 +13,7 @@ import pytest
 from server.errors import RelayError, UpstreamIncomplete, UpstreamRejected, UpstreamTimeout
 from server.relay.admission import TokenBuckets
 from server.relay.answer import Answer, AnswerRequest
+from server.relay.deadlines import Deadlines
 from server.relay.life import Life, Outcome
 from server.relay.log import ReplayLog
 from server.settings import Rate
@@ -61,7 +62,8 @@ def text(value: str) -> Chunk:
 def new_answer(source: FakeSource, limits: Limits | None = None, **options: Any) -> Answer:
     limits = limits or Limits()
     life, log = Life(grace=5.0, window=60.0), ReplayLog(max_bytes=limits.max_answer_bytes)
-    return Answer("SID", REQUEST, source, limits, life, log, EventEncoder("SID"), **options)
+    lifetimes = Deadlines(limits.stream_timeout, Answer.run_out_of_time)
+    return Answer("SID", REQUEST, source, limits, life, log, EventEncoder("SID"), lifetimes=lifetimes, **options)
 
 
 def answer_of(play: Play, **limits: Any) -> tuple[Answer, FakeSource]:

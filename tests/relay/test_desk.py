@@ -315,8 +315,8 @@ async def test_a_closed_desk_leaves_no_timer_and_no_task(source: Endless) -> Non
     running, left, kept = desk.open("a", REQUEST), desk.open("a", REQUEST), ended_stream(desk)
     with desk.viewing(left, FakeConnection(), may_return=True):
         await asyncio.sleep(0.01)
-    timers = [running.timer, left.timer, desk._expiry]
-    assert kept.timer is None  # all that have ended share one
+    timers = [running.timer, left.timer, desk._windows._timer, desk._lifetimes._timer]
+    assert kept.timer is None
     assert all(timers)
     await desk.close()
     assert source.running == 0
