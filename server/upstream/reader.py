@@ -47,7 +47,7 @@ class AnswerReader:
         self._sink = sink
         self._verbatim = verbatim
         self._shapes = None if verbatim else shapes  # of events that are passed on there is more to be said
-        self._envelope: bytes | None = None  # of a known shape; not yet looked for while None
+        self._envelope: int | None = None  # bytes before the choices, if that is known; not yet looked for while None
         self._parser = EventStreamParser(keep_lines=verbatim)
         self._template: TokenTemplate | None = None
         self._lessons = _LESSONS
@@ -106,16 +106,12 @@ class AnswerReader:
             chunks += self._recognise(events[0])
         at = 0
         while at < len(events):
-            event = events[at]
-            if (
-                (template := self._template) is not None
-                and event.data.startswith(template.before)
-                and (run := template.run_of(events, at))
-            ):
+            if self._template is not None and (run := self._template.run_of(events, at)):
                 self._fitted = True
                 chunks += self._chunks_of(run, events, at)
                 at += len(run)
                 continue
+            event = events[at]
             at += 1
             if event.data == DONE:
                 self.over = True
@@ -142,7 +138,7 @@ class AnswerReader:
 
     def _recognise(self, first: ServerSentEvent) -> Iterable[Chunk]:
         """Begin with what other answers have shown, if this one's ``first`` event is of the same shape."""
-        self._envelope = b""
+        self._envelope = 0
         known = None if self._shapes is None or first.type != b"message" else self._shapes.recognise(first.data)
         if known is None:
             return ()
@@ -156,12 +152,10 @@ class AnswerReader:
         return (Chunk(texts=run),)
 
     def _read(self, event: ServerSentEvent, wire: bytes) -> Chunk:
-        if self._envelope and self._shapes is not None and event.data.startswith(self._envelope):
-            known = self._shapes.meaning_of(event.data[len(self._envelope) :])
-            if known is not None and event.type == b"message":
-                if known.finish_reason:
-                    self.finished = True
-                return known
+        if (known := self._known(event)) is not None:
+            if known.finish_reason:
+                self.finished = True
+            return known
         try:
             chunk = decode_chunk(event.data, verbatim=self._verbatim)
         except MalformedChunk:
@@ -180,12 +174,22 @@ class AnswerReader:
             self._shapes.note(event.data, chunk)
         return chunk
 
+    def _known(self, event: ServerSentEvent) -> Chunk | None:
+        """What other answers have shown that it says, but for the model."""
+        if not self._envelope or self._shapes is None or self._template is None:
+            return None
+        data, size = event.data, self._envelope
+        if event.type != b"message" or data[:size] != self._template.before[:size]:
+            return None
+        return self._shapes.meaning_of(data[size:])
+
     def _learn(self, data: bytes, chunk: Chunk, wire: bytes) -> None:
         """Take a token event for the template of those to come. Where no later event ever fits (a padding that changes,
         a time of day), learning is given up: it costs more than it saves."""
         template = self._template
         if template is not None and chunk.model is not None and chunk.model != template.model:
             self._template = template = None  # what fits it would no longer name the model that answered last
+            self._envelope = 0
         if not chunk.deltas or (self._lessons == 0 and not self._fitted):
             return
         learnt = TokenTemplate.learn(data, chunk, wire)
@@ -193,3 +197,4 @@ class AnswerReader:
             self._lessons = _LESSONS if self._fitted else self._lessons - 1
             self._fitted = False
             self._template = learnt
+            self._envelope = 0

@@ -35,14 +35,14 @@ class KnownShapes:
         self._frame: tuple[bytes, bytes, bytes] | None = None  # before the text, behind it, and the line end
         self._silent: dict[bytes, Chunk] = {}
 
-    def recognise(self, data: bytes) -> tuple[TokenTemplate, bytes] | None:
-        """For an answer whose first event holds ``data``: the template of its token events, and the bytes before the
-        choices, which are the same in all its events. None where too little is known."""
+    def recognise(self, data: bytes) -> tuple[TokenTemplate, int] | None:
+        """For an answer whose first event holds ``data``: the template of its token events, and how many bytes stand
+        before the choices, the same in all its events. None where too little is known."""
         if self._frame is None or (envelope := _ENVELOPE.match(data)) is None:
             return None
         before, after, line_end = self._frame
-        head = envelope[0]
-        return TokenTemplate(head + before, after, line_end, envelope[1].decode("ascii")), head
+        model = envelope[1].decode("ascii")
+        return TokenTemplate(envelope[0] + before, after, line_end, model), envelope.end()
 
     def meaning_of(self, choices: bytes) -> Chunk | None:
         """What an event says that has no text, by its bytes from the choices on, but for the model; None where that is

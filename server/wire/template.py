@@ -84,6 +84,8 @@ class TokenTemplate:
     def run_of(self, events: Sequence[ServerSentEvent], first: int) -> list[bytes]:
         """The texts of the events from ``first`` on, as many of them as fit, as :meth:`text_of` each."""
         before, after = self.before, self.after
+        if not events[first].data.startswith(before):
+            return []
         begins, ends = len(before), -len(after)
         texts: list[bytes] = []
         for event in islice(events, first, None):

@@ -47,7 +47,7 @@ def test_the_frame_of_one_answers_tokens_is_that_of_the_next(frame: str) -> None
     known = shapes.recognise(first)
     assert known is not None
     template, envelope = known
-    assert first.startswith(envelope)
+    assert first[envelope:].startswith(b'"choices":')
     assert template.model == "m-2"
     token = (frame % ("b", 22, "m-2", TOKEN % "é, you")).encode()
     assert template.text_of(token) == "é, you".encode()
@@ -64,7 +64,7 @@ def test_an_event_without_text_says_the_same_in_each_answer(frame: str, choices:
     again = (frame % ("c", 3, "m-3", choices)).encode()
     known = shapes.recognise(again)
     assert known is not None
-    meaning = shapes.meaning_of(again[len(known[1]) :])
+    meaning = shapes.meaning_of(again[known[1] :])
     assert meaning is not None
     assert meaning._replace(model="m-3") == decode_chunk(again)
 
@@ -114,7 +114,7 @@ def test_what_may_say_something_else_each_time_is_not_remembered(choices: str) -
 def test_an_event_that_begins_in_another_way_is_not_recognised(envelope: str) -> None:
     shapes = shapes_of(VLLM)
     known = shapes.recognise((envelope + STOP + "}").encode())
-    assert known is None or known[1] == b'{"id":"a","model":"m",'
+    assert known is None or known[1] == len('{"id":"a","model":"m",')
 
 
 def test_nothing_is_known_before_an_answer_has_shown_it() -> None:
@@ -184,9 +184,9 @@ def test_whatever_is_recognised_says_what_decoding_says(
     if known is None:
         return
     template, envelope = known
-    meaning = shapes.meaning_of(data[len(envelope) :])
+    meaning = shapes.meaning_of(data[envelope:])
     if meaning is not None:
         assert meaning._replace(model=template.model) == decode_chunk(data)
-    token = envelope + f'"choices":{TOKEN}}}'.encode() % b"Hi"
+    token = data[:envelope] + f'"choices":{TOKEN}}}'.encode() % b"Hi"
     assert template.text_of(token) == b"Hi"
     assert decode_chunk(token) == Chunk((Delta(DeltaKind.CONTENT, "Hi"),), model=template.model)
