@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -23,6 +24,11 @@ EVENT_STREAM: Final = StreamHead(
         "X-Accel-Buffering": "no",  # nginx then buffers nothing, whatever its configuration says
     }
 )
+
+# Turns of the loop that the head of a running answer's stream waits for. In the first one the answer's task asks the
+# upstream, which is to begin as early as can be; what a fast one has said by the end of the last goes out in the same
+# write as the head, at half of what two would cost.
+_GIVES_WAY: Final = 2
 
 
 async def show(
@@ -51,6 +57,9 @@ async def show(
     with desk.viewing(stream, connection, after=after, may_return=returns) as viewer:
         if ready is not None:
             await ready()
+        if not (viewer.level or stream.log.ended):
+            for _ in range(_GIVES_WAY):
+                await asyncio.sleep(0)
         try:
             # 200 goes out before the upstream has answered: a slow first token is no failure.
             if isinstance(connection, DirectWriter):

@@ -16,11 +16,6 @@ Heartbeats = Callable[[int | None], bytes]  # the next one; in ms, how long the 
 # It is aiohttp's own high-water mark: beyond it a write waits.
 _WRITE_BYTES: Final = 64 << 10
 
-# Turns of the loop that a viewer of a running answer gives way for before its first write. In the first one the
-# answer's task asks the upstream, which is to begin as early as can be; what a fast one has said by the end of the
-# second goes out in the same write, at half of what two would cost.
-_GIVES_WAY: Final = 2
-
 _CHECKS_PER_WRITE_TIMEOUT: Final = 8  # how often a viewer looks whether its reader still takes something
 
 
@@ -123,9 +118,6 @@ class Viewer:
         log.subscribe(self._take)
         self._timer = self._loop.call_later(self._check_every, self._check)
         try:
-            if not (log.ended or self.level):
-                self._give_way(_GIVES_WAY)
-                await self._next_turn()
             while True:
                 data = log.read(self._offset, _WRITE_BYTES)
                 self._offset += len(data)
@@ -139,23 +131,13 @@ class Viewer:
                     self._note_sent(data)
                     await connection.write(data)
                 else:
-                    await self._next_turn()
+                    self._turn = self._loop.create_future()
+                    self._waits = True
+                    await self._turn
         finally:
             self._waits = False
             self._timer.cancel()
             log.unsubscribe(self._take)
-
-    def _give_way(self, turns: int) -> None:
-        if turns:
-            self._loop.call_soon(self._give_way, turns - 1)
-        else:
-            self._wake()
-
-    def _next_turn(self) -> asyncio.Future[None]:
-        """To be awaited, until there is something to do."""
-        self._turn = self._loop.create_future()
-        self._waits = True
-        return self._turn
 
     def _heartbeat_due(self) -> bytes:
         if self._retry_ms is not None:
