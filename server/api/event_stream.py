@@ -57,7 +57,7 @@ async def show(
     with desk.viewing(stream, connection, after=after, may_return=returns) as viewer:
         if ready is not None:
             await ready()
-        if not (viewer.level or stream.log.ended):
+        elif not (viewer.level or stream.log.ended):
             for _ in range(_GIVES_WAY):
                 await asyncio.sleep(0)
         try:
