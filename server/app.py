@@ -16,10 +16,8 @@ from server.api.aisdk import chat, resume_chat, stop_chat
 from server.api.browser import ask, create_stream, stop_stream, view_stream
 from server.api.heads import stamp
 from server.api.keys import CHATS, CONNECTIONS, DESK, FAST_PATH, LIMITS, SETTINGS, Chats
-from server.api.middleware.around import attend
-from server.api.middleware.checks import checking
+from server.api.middleware.around import attending
 from server.api.middleware.client_address import find_client
-from server.api.middleware.errors import answer_errors
 from server.api.middleware.head import bound_head
 from server.api.middleware.origin import (
     API_PREFIXES,
@@ -61,12 +59,7 @@ def create_app(
     app = web.Application(
         # Outermost first. The log sees every outcome, errors become answers inside it, and nothing is spent before the
         # origin is known to be welcome.
-        middlewares=[
-            attend,
-            answer_errors,
-            checking(find_client, bound_head, check_origin),
-            limit_rate,
-        ],
+        middlewares=[attending(find_client, bound_head, check_origin), limit_rate],
         client_max_size=_MAX_BODY,
     )
     app[SETTINGS] = settings

@@ -6,14 +6,13 @@ import logging
 from typing import Final
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
 
 from server.api.keys import EXCHANGE
 from server.errors import InternalError, MethodNotAllowed, NotFound, RelayError, UpstreamFailed
 from server.wire.chunks import encode_json
 from server.wire.completion import encode_openai_error
 
-__all__ = ["answer_errors", "as_response"]
+__all__ = ["answer_to"]
 
 _OURS: Final = frozenset({401, 403})  # statuses that are about the server's key, and none of the client's business
 
@@ -22,24 +21,21 @@ _ASKED_AGAIN: Final = frozenset({408, 409, 429})  # by OpenAI's SDKs, beside all
 _log = logging.getLogger("sluice.request")
 
 
-@web.middleware
-async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn what the handler raises into a JSON answer, as long as no head has been sent."""
-    try:
-        return await handler(request)
-    except RelayError as error:
-        return as_response(request, error)
-    except web.HTTPException as exc:
+def answer_to(request: web.Request, exc: Exception) -> web.StreamResponse:
+    """The answer to a request whose handler raised ``exc``, as long as no head has been sent. To be called while that
+    is handled."""
+    if isinstance(exc, RelayError):
+        return _as_response(request, exc)
+    if isinstance(exc, web.HTTPException):
         return _translate(request, exc)
-    except Exception:
-        _log.exception("request_failed")
-        if request[EXCHANGE].sent_status is not None and request.transport is not None:
-            # A cut response must not look like a whole one. What is returned below finds the connection closed.
-            request.transport.abort()
-        return as_response(request, InternalError())
+    _log.exception("request_failed")
+    if request[EXCHANGE].sent_status is not None and request.transport is not None:
+        # A cut response must not look like a whole one. What is returned below finds the connection closed.
+        request.transport.abort()
+    return _as_response(request, InternalError())
 
 
-def as_response(request: web.Request, error: RelayError) -> web.Response:
+def _as_response(request: web.Request, error: RelayError) -> web.Response:
     """The error in the language of the face that was asked, with the headers that belong to it."""
     if request.path.startswith("/v1/"):
         response = _as_openai(request, error)
@@ -82,10 +78,10 @@ def _translate(request: web.Request, exc: web.HTTPException) -> web.Response:
     """aiohttp's own refusals (no such path, no such method …) in our words. A failed expectation is not among them: it
     is refused before any middleware."""
     if isinstance(exc, web.HTTPMethodNotAllowed):
-        return as_response(request, MethodNotAllowed(request.method, frozenset(exc.allowed_methods)))
+        return _as_response(request, MethodNotAllowed(request.method, frozenset(exc.allowed_methods)))
     if isinstance(exc, web.HTTPNotFound):
-        return as_response(request, NotFound())
+        return _as_response(request, NotFound())
     error = RelayError(exc.reason)
     error.status = exc.status
     error.code = exc.reason.lower().replace(" ", "_").replace("-", "_")
-    return as_response(request, error)
+    return _as_response(request, error)
