@@ -41,7 +41,7 @@ def log_event(logger: logging.Logger, level: int, event: str, **fields: Any) -> 
     """Log ``event`` with its fields; a field that is None is left out."""
     if logger.isEnabledFor(level):
         present = {name: value for name, value in fields.items() if value is not None}
-        logger.callHandlers(_Event(logger.name, level, event, present))
+        logger.callHandlers(_Event(logger.name, level, event, present))  # ours have no filters that handle() would ask
 
 
 _UNKNOWN: Final[dict[str, Any]] = (

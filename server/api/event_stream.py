@@ -26,9 +26,9 @@ EVENT_STREAM: Final = StreamHead(
 )
 
 # Turns of the loop that the head of a running answer's stream waits for. In the first one the answer's task asks the
-# upstream, which is to begin as early as can be; what a fast one has said by the end of the last goes out in the same
-# write as the head, at half of what two would cost.
-_GIVES_WAY: Final = 2
+# upstream, which is to begin as early as can be. What has come back when the loop has looked at its sockets once more,
+# from an upstream that is fast, or because we are busy, goes out in the same write, at half of what two would cost.
+_GIVES_WAY: Final = 3
 
 
 async def show(
@@ -77,10 +77,10 @@ async def show(
 
 
 def _turns_of_loop(turns: int) -> asyncio.Future[None]:
-    """To be awaited: so many turns of the loop, with no step of the task's in between."""
+    """To be awaited: so many turns of the loop, at least two, with no step of the task's in between."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
-    _count_down(loop, future, turns - 1)  # the last one is that in which the task is woken
+    loop.call_soon(_count_down, loop, future, turns - 2)  # in the last one the task itself is woken
     return future
 
 

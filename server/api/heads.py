@@ -18,7 +18,7 @@ __all__ = ["StreamHead", "stamp"]
 
 async def stamp(request: web.Request, response: web.StreamResponse) -> None:
     """Add the headers that every answer carries; called as its head is about to go out."""
-    exchange = request.get(EXCHANGE)
+    exchange = request.get(EXCHANGE)  # none where an expectation failed: aiohttp refuses that before any middleware
     if exchange is not None:
         exchange.sent_status = response.status
     response.headers.update(_stamps(request, exchange))

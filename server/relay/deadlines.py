@@ -7,9 +7,11 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 __all__ = ["Deadlines"]
+
+_TICK: Final = 0.001  # s
 
 _Item = TypeVar("_Item", bound=Hashable)
 
@@ -18,7 +20,7 @@ class Deadlines(Generic[_Item]):
     """Calls ``expired`` with each item when ``length`` (s, perhaps infinite) has gone by since it was added.
 
     A timer of the loop for each would cost half a kilobyte, and as much time as a token. Here the first to come is the
-    first to go, so one timer sleeps until then. ``clock`` gives the loop's seconds.
+    first to go, so one timer sleeps until then. ``clock`` gives seconds as the loop's own does.
     """
 
     def __init__(
@@ -27,7 +29,8 @@ class Deadlines(Generic[_Item]):
         self._length = length
         self._expired = expired
         self._clock = clock
-        self._due_at = OrderedDict[_Item, float]()  # s of the clock, the first one first
+        # s of the clock, the first one first. In a plain dictionary each look at the first steps over those that went.
+        self._due_at = OrderedDict[_Item, float]()
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, item: _Item) -> None:
@@ -56,7 +59,10 @@ class Deadlines(Generic[_Item]):
         """Until the first one is due."""
         due_at = next(iter(self._due_at.values()), math.inf)
         if due_at < math.inf:
-            self._timer = asyncio.get_running_loop().call_at(due_at, self._wake)
+            # uvloop reckons in whole milliseconds and may come half of one early: it would then be called again and
+            # again until that has gone by.
+            at = max(due_at, self._clock() + _TICK)
+            self._timer = asyncio.get_running_loop().call_at(at, self._wake)
 
     def _wake(self) -> None:
         now = self._clock()

@@ -84,12 +84,14 @@ class Stream:
         self.answer: Answer | None = answer  # gone once its task is over: what is kept is the log
         self.delivered = False  # somebody has been sent the whole of it
         self.holds_place = True
-        self.timer: asyncio.TimerHandle | None = None  # for what is due next
+        self.timer: asyncio.TimerHandle | None = None  # while it runs and nobody views it
 
     def stop(self, outcome: Outcome) -> None:
         """End its answer with ``outcome``, unless it has ended."""
         if self.answer is not None:
             self.answer.stop(outcome)
+
+    # Methods of its own, to be handed on as callbacks: each as a partial object would take three times the memory.
 
     def attend(self) -> None:
         """Its life has moved, or something is due."""

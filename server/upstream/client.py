@@ -100,20 +100,19 @@ class UpstreamClient:
         try:
             response = await request
             del request  # not needed while the body flows: an open stream would hold a kilobyte and more of it
-            reader = AnswerReader(sink, verbatim=asked.verbatim, shapes=self._shapes[endpoint])
             if isinstance(response, DirectResponse):  # whose head has been found to be an event stream's
                 with response:
                     sink.begin(_answerer(endpoint, response))
                     if not asked.streamed:
                         raise _not_json()
-                    await read_body_directly(response, reader)
+                    await read_body_directly(response, self._reader(endpoint, asked, sink))
             else:
                 async with response:
                     await _check_head(response, endpoint, verbatim=asked.verbatim)
                     sink.begin(_answerer(endpoint, response))
                     if asked.streamed:
                         await _check_stream(response)
-                        await read_body(response, reader)
+                        await read_body(response, self._reader(endpoint, asked, sink))
                     else:
                         sink.end([await _read_completion(response)])
         except AttemptFailed as failed:
@@ -122,6 +121,9 @@ class UpstreamClient:
             raise
         except (aiohttp.ClientError, OSError) as exc:
             raise failed_connection(exc, reused=sent.reused) from exc
+
+    def _reader(self, endpoint: Endpoint, asked: UpstreamRequest, sink: ChunkSink) -> AnswerReader:
+        return AnswerReader(sink, verbatim=asked.verbatim, shapes=self._shapes[endpoint])
 
     def _post(self, endpoint: Endpoint, asked: UpstreamRequest) -> tuple[_Request, _Sent]:
         body = asked.encode(endpoint.model)

@@ -29,6 +29,7 @@ class AnswerReader:
     """
 
     __slots__ = (
+        "_begun",
         "_envelope",
         "_fitted",
         "_lessons",
@@ -47,7 +48,8 @@ class AnswerReader:
         self._sink = sink
         self._verbatim = verbatim
         self._shapes = None if verbatim else shapes  # of events that are passed on there is more to be said
-        self._envelope: int | None = None  # bytes before the choices, if that is known; not yet looked for while None
+        self._begun = False
+        self._envelope = 0  # bytes before the choices in each event of a known shape
         self._parser = EventStreamParser(keep_lines=verbatim)
         self._template: TokenTemplate | None = None
         self._lessons = _LESSONS
@@ -72,6 +74,7 @@ class AnswerReader:
 
     def end(self) -> None:
         """The body has ended, behind a finish_reason: all was said."""
+        self._remember()
         self._sink.end(())
 
     def _take_short_cut(self, template: TokenTemplate, data: bytes) -> bool:
@@ -102,7 +105,8 @@ class AnswerReader:
             events = exc.events
             failure = AttemptFailed(UpstreamInvalid(), str(exc))
         chunks: list[Chunk] = []
-        if self._envelope is None and events:
+        if events and not self._begun:
+            self._begun = True
             chunks += self._recognise(events[0])
         at = 0
         while at < len(events):
@@ -125,8 +129,7 @@ class AnswerReader:
                 chunk = chunk._replace(wire=event.lines + b"\n\n")
             chunks.append(chunk)
         if self.over:
-            if self._shapes is not None and self._template is not None and self._fitted and not self._envelope:
-                self._shapes.remember(self._template)
+            self._remember()
             self._sink.end(chunks)
             return
         if chunks:
@@ -138,12 +141,16 @@ class AnswerReader:
 
     def _recognise(self, first: ServerSentEvent) -> Iterable[Chunk]:
         """Begin with what other answers have shown, if this one's ``first`` event is of the same shape."""
-        self._envelope = 0
         known = None if self._shapes is None or first.type != b"message" else self._shapes.recognise(first.data)
         if known is None:
             return ()
         self._template, self._envelope = known
         return (Chunk(model=self._template.model),)
+
+    def _remember(self) -> None:
+        """Let later answers know the frame that this one's tokens were found to have."""
+        if self._shapes is not None and self._template is not None and self._fitted and not self._envelope:
+            self._shapes.remember(self._template)
 
     def _chunks_of(self, run: Sequence[bytes], events: Sequence[ServerSentEvent], first: int) -> Iterable[Chunk]:
         """What the events from ``first`` on say, whose texts are ``run``."""

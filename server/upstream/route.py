@@ -129,7 +129,7 @@ class UpstreamRoute:
     def _answer(
         self, upstreams: Sequence[Upstream], request: RoutedRequest, sink: ChunkSink
     ) -> Coroutine[Any, Any, None]:
-        """Hand on what the first says that says something. Raises AttemptFailed."""
+        """To be awaited: hand on what the first says that says something. Raises AttemptFailed."""
         # A completion that is not streamed shows no first token: it would be paid twice whenever it takes its time.
         if self._hedge_after is None or len(upstreams) == 1 or not request.streamed:
             return self._ask_in_turn(upstreams, request, sink)

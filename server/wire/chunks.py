@@ -185,12 +185,14 @@ def one_by_one(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
 
 
 def with_text(chunk: Chunk, text: str) -> Chunk:
-    """``chunk``, whose first choice is content, with another ``text`` for it in the event as it came, if it has one."""
+    """``chunk``, which says one content, with another ``text`` for it in the event as it came, if it has one."""
     if not chunk.wire:
         return chunk
     data = b"\n".join(line.removeprefix(b"data:") for line in chunk.wire.splitlines() if line)
     value = _decode_object(data)
-    value["choices"][0]["delta"]["content"] = text
+    for choice in value["choices"]:
+        if isinstance(choice, dict) and not _is_another(choice.get("index")) and _read_delta(choice.get("delta")):
+            choice["delta"]["content"] = text
     return chunk._replace(wire=encode_event(encode_json(value)))
 
 
@@ -223,7 +225,7 @@ def _is_another(index: Any) -> bool:
     return type(index) is int and index != 0
 
 
-def _read_delta(delta: Any, *, verbatim: bool) -> tuple[Delta, ...]:
+def _read_delta(delta: Any, *, verbatim: bool = False) -> tuple[Delta, ...]:
     if not isinstance(delta, dict):
         return ()
     content = delta.get("content")

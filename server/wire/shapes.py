@@ -17,12 +17,12 @@ __all__ = ["KnownShapes"]
 
 # What may stand before the choices and is no part of the answer but for the model: fields of known names, in whose
 # values nothing else can hide.
-_VALUE: Final = rb'(?:"[^"\\\x00-\x1f]*"|0|[1-9][0-9]*|null)'
+_VALUE: Final = rb'(?:"[^"\\\x00-\x1f]*"|0|[1-9][0-9]{0,18}|null)'
 _FIELD: Final = rb'"(?:id|object|created|service_tier|system_fingerprint|provider)": ?' + _VALUE + rb", ?"
 _ENVELOPE: Final = re.compile(rb'\{(?:%b)*"model": ?"([ !#-\[\]-~]{1,200})", ?(?:%b)*(?="choices":)' % (_FIELD, _FIELD))
 _NAMES_MODEL: Final = re.compile(rb'"model"|\\')  # perhaps; what stands behind the choices would have the last word
 _MAX_SILENT: Final = 16  # events without text that are remembered
-_MAX_BYTES: Final = 512  # of each
+_MAX_BYTES: Final = 512  # of each, and of the frame, from the choices on: a copy of it is held by each open answer
 
 
 class KnownShapes:
@@ -37,12 +37,15 @@ class KnownShapes:
 
     def recognise(self, data: bytes) -> tuple[TokenTemplate, int] | None:
         """For an answer whose first event holds ``data``: the template of its token events, and how many bytes stand
-        before the choices, the same in all its events. None where too little is known."""
+        before the choices, the same in all its events. None where too little is known, as where that event itself has
+        still to be decoded: it might be none, or have more to say of the model."""
         if self._frame is None or (envelope := _ENVELOPE.match(data)) is None:
             return None
         before, after, line_end = self._frame
-        model = envelope[1].decode("ascii")
-        return TokenTemplate(envelope[0] + before, after, line_end, model), envelope.end()
+        template = TokenTemplate(envelope[0] + before, after, line_end, envelope[1].decode("ascii"))
+        if data[envelope.end() :] not in self._silent and template.text_of(data) is None:
+            return None
+        return template, envelope.end()
 
     def meaning_of(self, choices: bytes) -> Chunk | None:
         """What an event says that has no text, by its bytes from the choices on, but for the model; None where that is
@@ -52,7 +55,10 @@ class KnownShapes:
     def remember(self, template: TokenTemplate) -> None:
         """``template`` was learnt in an answer, and token events that came later did fit it."""
         envelope = _ENVELOPE.match(template.before)
-        if envelope is not None and not _NAMES_MODEL.search(template.before[envelope.end() :] + template.after):
+        if envelope is None:
+            return
+        frame = template.before[envelope.end() :] + template.after
+        if len(frame) <= _MAX_BYTES and not _NAMES_MODEL.search(frame):
             self._frame = (template.before[envelope.end() :], template.after, template.line_end)
 
     def note(self, data: bytes, chunk: Chunk) -> None:

@@ -73,11 +73,10 @@ class TokenTemplate:
 
     def text_of(self, data: bytes) -> bytes | None:
         """The text that an event's ``data`` holds, as the inside of a JSON string; None if it does not fit."""
-        after = self.after
-        if not data.endswith(after):
+        if not (data.startswith(self.before) and data.endswith(self.after)):
             return None
-        begins, ends = len(self._begin) - len(_FIELD), len(data) - len(after)
-        if begins < ends and self._begin.endswith(data[:begins]) and _is_plain(text := data[begins:ends]):
+        begins, ends = len(self.before), len(data) - len(self.after)
+        if begins < ends and _is_plain(text := data[begins:ends]):
             return text
         return None
 

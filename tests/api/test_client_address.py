@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import struct
 import time
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import pytest
 from server.api.middleware.client_address import client_of
 from server.settings import TrustedProxies, read_settings
 from tests.api.conftest import Connect, LogLines
+from tests.api.observing import until
 from tests.api.raw_client import request
+from tests.api.returning import RESUMABLE
 from tests.conftest import Serve
 
 
@@ -158,6 +161,19 @@ async def test_a_forged_address_is_no_second_bucket(serve: Serve, connect: Conne
         for n in range(3)
     ]
     assert statuses == [200, 429, 429]
+
+
+async def test_who_resets_at_once_is_not_taken_for_a_trusted_peer(serve: Serve, lines: LogLines) -> None:
+    """Rows S1, S20: the kernel hands out what came before the reset, but has no address any more; on a Unix socket,
+    which is trusted, it has none either."""
+    server = await serve(SLUICE_TRUSTED_PROXIES="10.0.0.0/8,unix", SLUICE_RATE_LIMIT="1/3600")
+    for number in range(50):
+        with socket.create_connection(("127.0.0.1", server.port)) as gone:  # the server does not run meanwhile
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            gone.sendall(request("/api/stream?q=hi", f"X-Forwarded-For: 203.0.113.{number}", RESUMABLE))
+    await until(lambda: len(lines("request")) == 50, within=5)
+    assert {line["client"] for line in lines("request")} == {"gone"}
+    assert len(lines("stream_end")) <= 1
 
 
 async def test_a_forged_prefix_of_the_chain_is_no_second_bucket(serve: Serve, connect: Connect) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.wire.chunks import Chunk, Delta, DeltaKind, MalformedChunk, Usage, decode_chunk
+from server.wire.chunks import Chunk, Delta, DeltaKind, MalformedChunk, Usage, decode_chunk, with_text
 
 
 def chunk_of(delta: Any, **fields: Any) -> bytes:
@@ -181,3 +181,25 @@ def test_no_field_of_any_type_breaks_the_reader(value: Any) -> None:
 def test_bytes_of_any_kind_are_a_chunk_or_malformed(wire: bytes) -> None:
     with contextlib.suppress(MalformedChunk):
         assert isinstance(decode_chunk(wire), Chunk)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        [{"index": 0, "delta": {"content": "Hello"}}],
+        [{"delta": {"content": "Hello"}}],
+        [{"index": 1, "x": 1}, {"index": 0, "delta": {"content": "Hello"}}],
+        [None, {"index": 0, "delta": {}}, {"index": 0, "delta": {"content": "Hello"}}],
+    ],
+    ids=["alone", "without an index", "behind another choice", "behind what is no content"],
+)
+def test_a_text_is_replaced_where_it_stands(choices: list[Any]) -> None:
+    """Also in the event as it came."""
+    data = json.dumps({"choices": choices}).encode()
+    chunk = decode_chunk(data)._replace(wire=b"data: " + data + b"\n\n")
+    wire = with_text(chunk, "lo").wire
+    assert (
+        wire
+        == b"data: " + json.dumps({"choices": choices}, separators=(",", ":")).replace("Hello", "lo").encode() + b"\n\n"
+    )
+    assert with_text(chunk._replace(wire=b""), "lo").wire == b""

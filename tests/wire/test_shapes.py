@@ -43,6 +43,7 @@ def noted(shapes: KnownShapes, data: bytes) -> None:
 @ENDPOINTS
 def test_the_frame_of_one_answers_tokens_is_that_of_the_next(frame: str) -> None:
     shapes = shapes_of(frame)
+    noted(shapes, (frame % ("a", 1, "m-1", ROLE)).encode())
     first = (frame % ("b", 22, "m-2", ROLE)).encode()
     known = shapes.recognise(first)
     assert known is not None
@@ -102,6 +103,7 @@ def test_what_may_say_something_else_each_time_is_not_remembered(choices: str) -
         '{"id":"\\"","model":"m","choices":',
         '{"id":{"a":1},"model":"m","choices":',
         '{"id":01,"model":"m","choices":',
+        '{"id":12345678901234567890,"model":"m","choices":',
         '{"id":"a","error":"no","model":"m","choices":',
         '{"id":"a","model":"m","usage":{"prompt_tokens":1},"choices":',
         '{"id":"a","model":"m","choices":[],"choices":',
@@ -115,6 +117,22 @@ def test_an_event_that_begins_in_another_way_is_not_recognised(envelope: str) ->
     shapes = shapes_of(VLLM)
     known = shapes.recognise((envelope + STOP + "}").encode())
     assert known is None or known[1] == len('{"id":"a","model":"m",')
+
+
+@ENDPOINTS
+@pytest.mark.parametrize("choices", [STOP, "[oops", '[],"model":null', TOKEN % "a\\nb"])
+def test_an_answer_whose_first_event_has_to_be_decoded_is_not_recognised_by_it(frame: str, choices: str) -> None:
+    """It may be malformed, or name another model."""
+    shapes = shapes_of(frame)
+    noted(shapes, (frame % ("a", 1, "m-1", ROLE)).encode())
+    assert shapes.recognise((frame % ("b", 22, "m-2", choices)).encode()) is None
+    assert shapes.recognise((frame % ("b", 22, "m-2", TOKEN % "plain")).encode()) is not None
+
+
+def test_a_long_frame_is_not_remembered() -> None:
+    """Each open answer would hold a copy of it."""
+    frame = VLLM.removesuffix("}") + ',"echo":"' + "x" * 500 + '"}'
+    assert shapes_of(frame).recognise((frame % ("b", 22, "m-2", TOKEN % "Hi")).encode()) is None
 
 
 def test_nothing_is_known_before_an_answer_has_shown_it() -> None:

@@ -17,6 +17,7 @@ __all__ = ["client_of", "find_client", "from_trusted_proxy"]
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 UNIX: Final = "unix"  # every peer on a Unix socket
+GONE: Final = "gone"  # every peer that had reset its connection before the kernel was asked for its address
 
 # Some proxies write the client's port too: 203.0.113.7:41000, [2001:db8::1]:41000
 _WITH_PORT: Final = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5}")
@@ -39,13 +40,19 @@ def from_trusted_proxy(request: web.Request) -> bool:
 
 
 def peer_of(request: web.Request) -> str:
-    """The address at the other end of the socket; ``unix`` for a Unix socket."""
+    """The address at the other end of the socket; ``unix`` for a Unix socket, whose name is a string, if an empty one.
+
+    The kernel hands out the request of a connection that has been reset, but no address: nothing may be believed of
+    such a peer, and all of them are one.
+    """
     peer = request.protocol.peername  # which asks the kernel once a connection
+    if peer is None:
+        return GONE
     return str(peer[0]) if isinstance(peer, tuple) else UNIX
 
 
 def client_of(peer: str, forwarded_for: list[str], real_ip: str | None, trusted: TrustedProxies) -> str:
-    """The client as limits name it: an IPv4 address, an IPv6 /64, or ``unix``.
+    """The client as limits name it: an IPv4 address, an IPv6 /64, ``unix`` or ``gone``.
 
     Behind a trusted peer it is the right-most untrusted address of X-Forwarded-For (the left-most one where all are
     trusted), or X-Real-IP where there is none; garbage there counts as the proxy itself.
@@ -89,6 +96,7 @@ def _name_of_peer(peer: str) -> str:
     return _name(_parse(peer)) or peer
 
 
+@functools.lru_cache(maxsize=4096)
 def _name(address: Address | None) -> str | None:
     """One IPv6 customer has a whole /64: by single address a client would have 2^64 buckets."""
     if isinstance(address, ipaddress.IPv6Address):

@@ -50,7 +50,7 @@ def spend(request: web.Request, max_tokens: int) -> Reservation | None:
             raise TokenLimitExceeded
     if requests is not None:
         exchange.allowance = requests.take(exchange.client)
-        if not exchange.allowance.admitted:
+        if not exchange.allowance.admitted:  # never behind a reservation: it was looked at before that
             raise RateLimited
     return reservation
 
