@@ -30,7 +30,7 @@ _MAX_WAITING: Final = 10_000  # lines held while stderr's reader is slow; more a
 _LAST_LINES: Final = 1.0  # s that the end of the process waits for stderr's reader
 _GATHER: Final = 0.02  # s in which lines come together to be written at once; a thread that wakes for each costs more
 _encode: Final = msgspec.json.Encoder(enc_hook=str).encode
-_encode_anything: Final = json.JSONEncoder(default=str).encode
+_encode_anything: Final = json.JSONEncoder(default=str, separators=(",", ":")).encode
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_.:/@+\-\[\]]+")
 
 
@@ -239,7 +239,7 @@ def _plain(value: Any) -> str:
 def _json(value: Any) -> str:
     """``value`` as JSON in printable ASCII: what JSON itself leaves of the control characters is DEL."""
     try:
-        text = msgspec.json.format(_encode(value), indent=0).decode()  # as the standard library writes it, at a fifth
+        text = _encode(value).decode()  # as the standard library writes it without spaces, at a tenth of the time
     except (ValueError, TypeError, OverflowError):  # half a surrogate pair, a number beyond 64 bits
         text = ""
     if not text or not text.isascii():
