@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections import defaultdict
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from types import SimpleNamespace, TracebackType
 from typing import Any, Final, Protocol
 
@@ -15,7 +15,7 @@ from multidict import CIMultiDict
 from server.errors import UpstreamInvalid
 from server.upstream.attempt import AttemptFailed, failed_body, failed_connection, failed_in_stream, failed_status
 from server.upstream.body import BREAKS, read_body
-from server.upstream.direct import DirectRequest, DirectResponse, Question, connect_directly, read_body_directly
+from server.upstream.direct import DirectRequest, Question, Receiver, connect_directly
 from server.upstream.endpoint import Endpoint
 from server.upstream.reader import AnswerReader
 from server.upstream.resolver import DaemonResolver
@@ -96,34 +96,37 @@ class UpstreamClient:
         Returns when the answer is complete: at ``[DONE]``, or where the endpoint closes after a finish_reason.
         Raises AttemptFailed for everything else. However it ends, the response is closed.
         """
-        request, sent = (self._post_directly if self._direct else self._post)(endpoint, asked)
+
+        def begin(headers: Mapping[str, str]) -> None:
+            sink.begin(Answerer(endpoint.model, read_request_id(headers), endpoint.name))
+
+        reader = AnswerReader(sink, verbatim=asked.verbatim, shapes=self._shapes[endpoint])
+        response: aiohttp.ClientResponse | None = None
+        receiver: Receiver | None = None
+        if self._direct:
+            receiver = Receiver(reader, begin if asked.streamed else _refuse_stream)
+            request, sent = self._post_directly(endpoint, asked, receiver)
+        else:
+            request, sent = self._post(endpoint, asked)
         try:
             response = await request
             del request  # not needed while the body flows: an open stream would hold a kilobyte and more of it
-            if isinstance(response, DirectResponse):  # whose head has been found to be an event stream's
-                with response:
-                    sink.begin(_answerer(endpoint, response))
-                    if not asked.streamed:
-                        raise _not_json()
-                    await read_body_directly(response, self._reader(endpoint, asked, sink))
-            else:
+            if response is not None:  # else all of it has come by the short way
                 async with response:
                     await _check_head(response, endpoint, verbatim=asked.verbatim)
-                    sink.begin(_answerer(endpoint, response))
+                    begin(response.headers)
                     if asked.streamed:
                         await _check_stream(response)
-                        await read_body(response, self._reader(endpoint, asked, sink))
+                        await read_body(response, reader)
                     else:
                         sink.end([await _read_completion(response)])
         except AttemptFailed as failed:
-            if failed.error_object is not None:
-                failed.error.said = said_in_stream(failed.error_object, response, endpoint)
+            headed = response or receiver
+            if failed.error_object is not None and headed is not None:
+                failed.error.said = said_in_stream(failed.error_object, headed, endpoint)
             raise
         except (aiohttp.ClientError, OSError) as exc:
             raise failed_connection(exc, reused=sent.reused) from exc
-
-    def _reader(self, endpoint: Endpoint, asked: UpstreamRequest, sink: ChunkSink) -> AnswerReader:
-        return AnswerReader(sink, verbatim=asked.verbatim, shapes=self._shapes[endpoint])
 
     def _post(self, endpoint: Endpoint, asked: UpstreamRequest) -> tuple[_Request, _Sent]:
         body = asked.encode(endpoint.model)
@@ -138,13 +141,13 @@ class UpstreamClient:
         )
         return request, sent
 
-    def _post_directly(self, endpoint: Endpoint, asked: UpstreamRequest) -> tuple[_Request, _Sent]:
+    def _post_directly(self, endpoint: Endpoint, asked: UpstreamRequest, receiver: Receiver) -> tuple[_Request, _Sent]:
         kind = (endpoint, asked.streamed)
         if kind not in self._requests:
             head = _head_to(endpoint, streamed=asked.streamed)
             self._requests[kind] = DirectRequest(endpoint.url, head, asyncio.get_running_loop())
         question = Question(asked.encode(endpoint.model))
-        return self._requests[kind].ask(self._session, question), question
+        return self._requests[kind].ask(self._session, question, receiver), question
 
 
 class _Sent(Protocol):
@@ -153,8 +156,7 @@ class _Sent(Protocol):
     reused: bool  # it went out on a connection that had brought an answer before
 
 
-_Response = aiohttp.ClientResponse | DirectResponse
-_Request = Awaitable[_Response]
+_Request = Awaitable[aiohttp.ClientResponse | None]
 
 
 def _headers_to(endpoint: Endpoint, *, streamed: bool) -> CIMultiDict[str]:
@@ -179,10 +181,6 @@ def _head_to(endpoint: Endpoint, *, streamed: bool) -> bytes:
     return "\r\n".join([*lines, "Content-Length: "]).encode("ascii")
 
 
-def _answerer(endpoint: Endpoint, response: _Response) -> Answerer:
-    return Answerer(endpoint.model, read_request_id(response.headers), endpoint.name)
-
-
 async def _note_reuse(session: aiohttp.ClientSession, context: Any, params: Any) -> None:
     context.trace_request_ctx.reused = True
 
@@ -197,6 +195,11 @@ async def _check_head(response: aiohttp.ClientResponse, endpoint: Endpoint, *, v
         raise failed_status(response.status, said, response.headers.get("Retry-After"))
     if response.headers.get("Content-Encoding", "identity").lower() not in {"identity", "gzip", "deflate"}:
         raise AttemptFailed(UpstreamInvalid(), "an unknown content encoding")
+
+
+def _refuse_stream(headers: Mapping[str, str]) -> None:
+    """What was not to be streamed is."""
+    raise _not_json()
 
 
 def _not_json() -> AttemptFailed:

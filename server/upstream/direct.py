@@ -3,8 +3,8 @@
 On the usual way a request passes aiohttp's session, and each read of the network its parser, its stream, and the task
 that waits for it: a third of what a token costs, and of what a short answer costs. Here the head of a chunked event
 stream, as nearly all endpoints send it, is read by the connection itself, which takes the chunks off and calls the
-reader. Every other kind of response, and whatever is not as it should be, is aiohttp's from its first byte on; so are
-pooling, TLS, DNS and time-outs.
+receiver; the task that asks is not woken before the answer is over. Every other kind of response, and whatever is not
+as it should be, is aiohttp's from its first byte on; so are pooling, TLS, DNS and time-outs.
 
 It leans on names of aiohttp that are not documented: the connector's ``_factory``, the class that it makes, and what
 that class does with bytes. :func:`works` tries at start whether they behave as they do in the version that is pinned;
@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from functools import cached_property, partial
-from types import SimpleNamespace, TracebackType
+from types import SimpleNamespace
 from typing import Any, Final, Protocol
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ConnectionKey
-from aiohttp.connector import Connection
 from multidict import CIMultiDict
 from yarl import URL
 
@@ -34,10 +34,9 @@ from server.wire.chunked import ChunkedBody
 __all__ = [
     "DirectConnection",
     "DirectRequest",
-    "DirectResponse",
     "Question",
+    "Receiver",
     "connect_directly",
-    "read_body_directly",
     "works",
 ]
 
@@ -58,20 +57,23 @@ _MAX_FIELDS: Final = 100  # likewise
 _LAST_CHUNK: Final = b"0\r\n\r\n"
 
 
-class BodyReceiver(Protocol):
-    """Who takes a body."""
+class AnswerReceiver(Protocol):
+    """Who takes an answer. Nothing of it may raise."""
+
+    def begin(self, head: bytes, fields: CIMultiDict[str]) -> None:
+        """The head of an event stream has come; its body follows."""
 
     def receive(self, payload: bytes) -> None:
-        """The next bytes of it. Must not raise."""
+        """The next bytes of the body."""
 
     def wake(self) -> None:
-        """The body has ended, aiohttp has the rest of it, or its connection is gone."""
+        """The body has ended, aiohttp has the response or the rest of it, or the connection is gone."""
 
 
 class DirectConnection(ResponseHandler):
     """aiohttp's protocol of one connection to an endpoint, with the short way for answers.
 
-    What comes of a body waits for the receiver to be attached; a lot of it, and the network is read no further.
+    What comes faster than it is to be taken waits, and the network is read no further.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -79,11 +81,9 @@ class DirectConnection(ResponseHandler):
         self.requests = 0  # that this connection has been used for
         self.usual = False  # the response, or the rest of it, is aiohttp's
         self._head = b""  # of the response, as far as it has come
-        self._fields: CIMultiDict[str] | None = None  # of a head that has come
-        self._waits: asyncio.Future[None] | None = None  # for the head
         self._body: ChunkedBody | None = None  # while the short way is open
         self._answering = False  # a response is on its way
-        self._receiver: BodyReceiver | None = None
+        self._receiver: AnswerReceiver | None = None
         self._backlog = b""  # what is not handed on yet, as it came
         self._held = False  # reading is paused, as there is enough of that
 
@@ -97,41 +97,14 @@ class DirectConnection(ResponseHandler):
         """Whether it cannot be used again."""
         return self._answering or bool(self._backlog) or super().should_close
 
-    def begin(self) -> None:
-        """A request is about to be sent."""
+    def begin(self, receiver: AnswerReceiver) -> None:
+        """A request is about to be sent, whose answer ``receiver`` takes."""
         self.requests += 1
         self._forget()
+        self._receiver = receiver
         self._answering = True
 
-    async def head(self) -> bytes:
-        """Wait for the response's head, and return it if the body takes the short way; else empty. Raises what broke
-        the connection."""
-        if self._body is None and not self.usual and self.exception() is None:
-            self._waits = self._loop.create_future()
-            try:
-                await self._waits
-            finally:
-                self._waits = None
-        if self._body is not None:
-            return self._head
-        if not self.usual:
-            raise self.exception() or aiohttp.ServerDisconnectedError
-        return b""
-
-    def take_fields(self) -> CIMultiDict[str] | None:
-        """The fields of the head that has come last, once: they are not held while the body flows."""
-        fields, self._fields = self._fields, None
-        return fields
-
-    def attach(self, receiver: BodyReceiver) -> None:
-        """Hand the body to ``receiver``, what has come of it at once, and tell it of the connection's end."""
-        self._receiver = receiver
-        if self.transport is None:
-            self._take_last()
-        else:
-            self._go_on()
-
-    def detach(self, receiver: BodyReceiver) -> None:
+    def detach(self, receiver: AnswerReceiver) -> None:
         """Hand it nothing more. The connection may serve somebody else by now."""
         if self._receiver is receiver:
             self._receiver = None
@@ -143,9 +116,7 @@ class DirectConnection(ResponseHandler):
         if self._backlog:
             self._put_off(data)
         elif self._body is not None:
-            if self._receiver is None:
-                self._put_off(data)
-            elif len(data) > _AT_ONCE:
+            if len(data) > _AT_ONCE:
                 self._put_off(data[_AT_ONCE:])
                 self._loop.call_soon(self._go_on)
                 self._take_body(self._body, data[:_AT_ONCE])
@@ -161,8 +132,10 @@ class DirectConnection(ResponseHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """The connection is gone; what came before that counts."""
         super().connection_lost(exc)
-        if self._receiver is not None:
-            self._take_last()
+        data, self._backlog = self._backlog, b""
+        if self._body is not None and data:
+            self._take_body(self._body, data)
+        self._body = None
         self._tell()
 
     def close(self) -> None:
@@ -193,9 +166,9 @@ class DirectConnection(ResponseHandler):
             self._leave_to_aiohttp(data)
         else:
             self._head = data[:end]
-            self._fields = fields
             self._body = ChunkedBody()
-            self._tell()
+            if self._receiver is not None:
+                self._receiver.begin(self._head, fields)
             if len(data) > end:
                 self.data_received(data[end:])
 
@@ -212,14 +185,6 @@ class DirectConnection(ResponseHandler):
                 self._leave_to_aiohttp(self._head)
                 super().data_received(body.rest)
 
-    def _take_last(self) -> None:
-        """Take what came before the connection was lost."""
-        data, self._backlog = self._backlog, b""
-        if self._body is not None and data:
-            self._take_body(self._body, data)
-        self._body = None
-        self._tell()
-
     def _leave_to_aiohttp(self, data: bytes) -> None:
         """Let aiohttp have the response from its head on; what has been taken of a body before is not part of it."""
         self.usual = True
@@ -230,10 +195,7 @@ class DirectConnection(ResponseHandler):
         self._tell()
 
     def _tell(self) -> None:
-        """Wake who waits."""
-        if self._waits is not None and not self._waits.done():
-            self._waits.set_result(None)
-        if self._receiver is not None and self._body is None:
+        if self._receiver is not None:
             self._receiver.wake()
 
     def _put_off(self, data: bytes) -> None:
@@ -253,7 +215,6 @@ class DirectConnection(ResponseHandler):
     def _forget(self) -> None:
         self.usual = False
         self._head = b""
-        self._fields = None
         self._body = None
         self._receiver = None
         self._backlog = b""
@@ -293,33 +254,53 @@ def connect_directly(connector: aiohttp.TCPConnector) -> None:
     connector._factory = partial(DirectConnection, asyncio.get_running_loop())  # type: ignore[assignment]
 
 
-# ---- The body
+# ---- The answer
 
 
-class _Receiver:
-    """Takes a body for ``reader``; ``turn`` is done when there is something for the task that waits: the end of the
-    body or of the connection, ``[DONE]``, or a ``failure``."""
+class Receiver:
+    """Takes an answer for ``reader``. ``begin`` is called with the fields of its head, and may raise.
 
-    __slots__ = ("_left", "_reader", "failure", "turn")
+    ``turn`` is done when there is something for the task that waits: the end of the body or of the connection,
+    ``[DONE]``, a ``failure``, or a response that is aiohttp's.
+    """
 
-    def __init__(self, reader: AnswerReader) -> None:
-        self._reader = reader
+    __slots__ = ("_begin", "_left", "failure", "head", "reader", "turn")
+
+    status: Final = 200  # of a response that takes the short way
+
+    def __init__(self, reader: AnswerReader, begin: Callable[[CIMultiDict[str]], object]) -> None:
+        self.reader = reader
+        self._begin: Callable[[CIMultiDict[str]], object] | None = begin
         self._left = MAX_AFTER_DONE
+        self.head = b""  # once it has come
         self.failure: Exception | None = None
         self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+    @property
+    def headers(self) -> CIMultiDict[str]:
+        """The response's, made anew of its head: an open stream does not hold a kilobyte of them."""
+        return _read_fields(self.head)
+
+    def begin(self, head: bytes, fields: CIMultiDict[str]) -> None:
+        begin, self._begin = self._begin, None  # an open stream has no more use for it
+        self.head = head
+        if begin is not None:
+            try:
+                begin(fields)
+            except Exception as exc:
+                self._fail(exc)
+
     def receive(self, payload: bytes) -> None:
         """The next bytes of it. The hot path."""
-        if self._reader.over or self.failure is not None:
+        if self.reader.over or self.failure is not None:
             self._left -= len(payload)
             if self._left < 0:
                 self.wake()
             return
         try:
-            over = self._reader.feed(payload)
-        except Exception as exc:  # raised where it belongs, in the task that reads the body
-            self.failure = exc
-            self.wake()
+            over = self.reader.feed(payload)
+        except Exception as exc:
+            self._fail(exc)
         else:
             if over:
                 self.wake()
@@ -337,30 +318,30 @@ class _Receiver:
         except TimeoutError:
             pass
 
+    def _fail(self, exc: Exception) -> None:
+        """Let the task that reads the answer raise ``exc``, where it belongs."""
+        self.failure = exc
+        self.wake()
 
-async def read_body_directly(response: DirectResponse, reader: AnswerReader) -> None:
-    """As :func:`server.upstream.body.read_body`, by the short way."""
-    connection = response.begin_body()
-    receiver = _Receiver(reader)
-    try:
-        connection.attach(receiver)
-        await receiver.turn
-        if receiver.failure is not None:
-            raise receiver.failure
-        if reader.over and connection.receiving:
-            await receiver.wait_past_done()
-        if connection.usual:
-            _, content = await connection.read()
-            await read_on(connection, content, reader)
-        elif reader.over:
-            pass
-        elif reader.finished:
-            reader.end()
-        else:
-            broken = connection.exception()
-            raise failed_body(broken) from broken
-    finally:
-        connection.detach(receiver)
+
+async def _finish(connection: DirectConnection, receiver: Receiver) -> None:
+    """Say how the answer ended, as :func:`server.upstream.body.read_body` does, once there is no more to be had on the
+    short way."""
+    reader = receiver.reader
+    if receiver.failure is not None:
+        raise receiver.failure
+    if reader.over and connection.receiving:
+        await receiver.wait_past_done()
+    if connection.usual:
+        _, content = await connection.read()
+        await read_on(connection, content, reader)
+    elif reader.over:
+        pass
+    elif reader.finished:
+        reader.end()
+    else:
+        broken = connection.exception()
+        raise failed_body(broken) from broken
 
 
 # ---- The request
@@ -399,8 +380,11 @@ class DirectRequest(aiohttp.ClientRequest):
         """Which connections serve it."""
         return super().connection_key
 
-    async def ask(self, session: aiohttp.ClientSession, question: Question) -> aiohttp.ClientResponse | DirectResponse:
-        """Send ``question`` and wait for the response's head. Raises aiohttp.ClientError."""
+    async def ask(
+        self, session: aiohttp.ClientSession, question: Question, receiver: Receiver
+    ) -> aiohttp.ClientResponse | None:
+        """Send ``question`` and let ``receiver`` take the answer to its end; where that does not come by the short way,
+        return aiohttp's response instead. Raises aiohttp.ClientError, and as the reader does."""
         connector = session.connector
         if connector is None:
             raise RuntimeError("the session is closed")
@@ -408,23 +392,33 @@ class DirectRequest(aiohttp.ClientRequest):
             connection = await connector.connect(self, [], session.timeout)
         except TimeoutError as exc:
             raise aiohttp.ConnectionTimeoutError(f"no connection to {self.url.host} in time") from exc
+        protocol = connection.protocol
+        if not isinstance(protocol, DirectConnection) or protocol.transport is None:
+            connection.close()
+            raise aiohttp.ClientConnectionResetError("the connection is gone")
         try:
-            protocol = connection.protocol
-            if not isinstance(protocol, DirectConnection) or protocol.transport is None:
-                raise aiohttp.ClientConnectionResetError("the connection is gone")
-            protocol.begin()
+            protocol.begin(receiver)
             question.reused = protocol.requests > 1
             protocol.transport.write(b"%b%d\r\n\r\n%b" % (self._head, len(question.body), question.body))
             question.body = b""  # a question is asked once
-            if head := await protocol.head():
-                return DirectResponse(connection, protocol, head)
-            response = self._response(session)
-            try:
-                return await response.start(connection)
-            except BaseException:
-                response.close()
-                raise
+            await receiver.turn
+            if receiver.head:
+                await _finish(protocol, receiver)
+            elif not protocol.usual:
+                raise protocol.exception() or aiohttp.ServerDisconnectedError
         except BaseException:
+            connection.release()  # which closes one that has more to come
+            raise
+        finally:
+            protocol.detach(receiver)
+        if receiver.head:
+            connection.release()
+            return None
+        response = self._response(session)
+        try:
+            return await response.start(connection)
+        except BaseException:
+            response.close()
             connection.close()
             raise
 
@@ -445,40 +439,6 @@ class DirectRequest(aiohttp.ClientRequest):
 
 _NOTHING_SENT: Final[Any] = SimpleNamespace(output_size=0)
 _NO_TIMER: Final[Any] = None
-
-
-class DirectResponse:
-    """A response whose body takes the short way: as much of aiohttp's as its user needs. A context manager that gives
-    its connection back, or closes it where there is more to come."""
-
-    __slots__ = ("_connection", "_head", "_headers", "_protocol")
-
-    status: Final = 200
-
-    def __init__(self, connection: Connection, protocol: DirectConnection, head: bytes) -> None:
-        self._connection = connection
-        self._protocol = protocol
-        self._head = head
-        self._headers: CIMultiDict[str] | None = protocol.take_fields()
-
-    @property
-    def headers(self) -> CIMultiDict[str]:
-        if self._headers is None:
-            self._headers = _read_fields(self._head)
-        return self._headers
-
-    def begin_body(self) -> DirectConnection:
-        """Who brings the body. While that flows the headers are not held: a kilobyte of an open stream."""
-        self._headers = None
-        return self._protocol
-
-    def __enter__(self) -> DirectResponse:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._connection.release()
 
 
 # ---- Whether it works
@@ -532,34 +492,32 @@ async def _try() -> bool:
 
 async def _takes_short_way(connection: DirectConnection) -> bool:
     tried = _Tried()
-    connection.begin()
+    connection.begin(tried)
     connection.data_received(_TRIED_HEAD + b"6\r\nbefore")
-    head = await connection.head()
-    connection.attach(tried)
+    begun = tried.head == _TRIED_HEAD and not tried.ended
     connection.data_received(b"\r\n6\r\nbehind\r\n0\r\n\r\n")
     connection.detach(tried)
-    return head == _TRIED_HEAD and tried.received == b"beforebehind" and tried.ended and not connection.should_close
+    return begun and tried.received == b"beforebehind" and tried.ended and not connection.should_close
 
 
 async def _takes_usual_way(connection: DirectConnection) -> bool:
     """From the head on, and for the end of a body that has more to say."""
-    tried = _Tried()
-    connection.begin()
+    other, tried = _Tried(), _Tried()
+    connection.begin(other)
     connection.data_received(b"HTTP/1.1 500 Oh\r\nContent-Length: 2\r\n\r\n")
-    head = await connection.head()
     message, content = await connection.read()
     connection.data_received(b"no")
     said = await content.read()
     usable = not connection.should_close
-    connection.begin()
+    connection.begin(tried)
     connection.data_received(_TRIED_HEAD + b"6\r\nbefore\r\n0;x\r\n")
-    connection.attach(tried)
     _, rest = await connection.read()
     ended_early = rest.is_eof()
     connection.data_received(b"\r\n")
     connection.detach(tried)
     return (
-        head == b""
+        other.head == b""
+        and other.ended
         and message.code == 500
         and said == b"no"
         and usable
@@ -573,8 +531,12 @@ async def _takes_usual_way(connection: DirectConnection) -> bool:
 
 class _Tried:
     def __init__(self) -> None:
+        self.head = b""
         self.received = b""
         self.ended = False
+
+    def begin(self, head: bytes, fields: CIMultiDict[str]) -> None:
+        self.head = head
 
     def receive(self, payload: bytes) -> None:
         self.received += payload

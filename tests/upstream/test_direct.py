@@ -6,20 +6,22 @@ import asyncio
 import gzip
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, cast
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp.client_proto import ResponseHandler
+from multidict import CIMultiDict
 
 from server.upstream import client as client_module
 from server.upstream import direct
 from server.upstream.attempt import AttemptFailed
 from server.upstream.body import read_body
 from server.upstream.client import UpstreamClient
-from server.upstream.direct import DirectConnection
+from server.upstream.direct import DirectConnection, Receiver
 from server.upstream.endpoint import Endpoint
+from server.upstream.reader import AnswerReader
 from server.wire.chunks import Chunk
 from tests.upstream.conftest import until
 from tests.upstream.recording import ASKED, Recording
@@ -52,17 +54,17 @@ class Ways:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.short = 0
         self.usual = 0
-        read_body_directly = direct.read_body_directly
+        begin = Receiver.begin
 
-        async def short(*arguments: Any) -> None:
+        def short(*arguments: Any) -> None:
             self.short += 1
-            await read_body_directly(*arguments)
+            begin(*arguments)
 
         async def usual(*arguments: Any) -> None:
             self.usual += 1
             await read_body(*arguments)
 
-        patch.setattr(client_module, "read_body_directly", short)
+        patch.setattr(Receiver, "begin", short)
         patch.setattr(client_module, "read_body", usual)
 
 
@@ -112,7 +114,7 @@ def _do_nothing(*_: Any, **__: Any) -> None:
     pass
 
 
-@pytest.mark.parametrize("name", ["head", "set_response_params", "data_received"])
+@pytest.mark.parametrize("name", ["begin", "set_response_params", "data_received"])
 @pytest.mark.parametrize("instead", [_raise, _do_nothing], ids=["raises", "does nothing"])
 async def test_it_does_not_work_where_a_connection_behaves_otherwise(
     monkeypatch: pytest.MonkeyPatch, name: str, instead: Any
@@ -127,15 +129,11 @@ async def test_it_does_not_work_where_a_connection_behaves_otherwise(
 @pytest.mark.parametrize("cut", range(1, len(HEAD)))
 async def test_a_head_may_be_cut_anywhere(cut: int) -> None:
     """Also inside the blank line at its end. No sockets: one byte at the wrong place would come with its neighbours."""
-    connection, taken = DirectConnection(asyncio.get_running_loop()), Taken()
-    connection.connection_made(Idle())
-    connection.begin()
+    connection, taken, _ = waiting()
     connection.data_received(HEAD[:cut])
     connection.data_received(HEAD[cut:] + framed(b"hello"))
-    assert await connection.head() == HEAD
-    connection.attach(taken)
     connection.data_received(framed(b"you") + LAST)
-    assert taken.payload == b"helloyou"
+    assert (taken.head, taken.payload) == (HEAD, b"helloyou")
     assert not connection.should_close
 
 
@@ -251,12 +249,12 @@ async def test_other_bodies_take_the_usual_way(
     assert ways.short == 1, "the next answer may be another kind of body"
 
 
-async def waiting() -> DirectConnection:
-    """A connection on which a request has been sent."""
-    connection = DirectConnection(asyncio.get_running_loop())
-    connection.connection_made(Idle())
-    connection.begin()
-    return connection
+def waiting() -> tuple[DirectConnection, Taken, Idle]:
+    """A connection on which a request has been sent, and who takes the answer."""
+    connection, taken, transport = DirectConnection(asyncio.get_running_loop()), Taken(), Idle()
+    connection.connection_made(transport)
+    connection.begin(taken)
+    return connection, taken, transport
 
 
 @pytest.mark.parametrize(
@@ -281,30 +279,35 @@ async def waiting() -> DirectConnection:
 )
 @pytest.mark.parametrize("cut", [1, 12, 40, 1 << 16])
 async def test_a_head_in_which_something_is_to_be_settled_is_aiohttps(head: bytes, cut: int) -> None:
-    connection = await waiting()
+    connection, taken, _ = waiting()
     for piece in (head[:cut], head[cut:]):
         if piece:
             connection.data_received(piece)
-    assert await connection.head() == b""
+    assert taken.head == b""
+    assert taken.woken
     assert connection.usual
 
 
 @pytest.mark.parametrize("garbage", [b"S", b"HTTP/1.x", b"HTTP/1.1 200 OK\r\nA: b\nC"])
 async def test_what_will_never_be_a_head_is_not_waited_for(garbage: bytes) -> None:
-    connection = await waiting()
+    connection, taken, _ = waiting()
     connection.data_received(garbage)
     assert connection.usual, "aiohttp says what is wrong with it"
+    assert taken.woken
 
 
 async def test_a_head_keeps_its_fields() -> None:
-    connection = await waiting()
-    head = HEAD[:-2] + b"X-Request-Id:  r\xc3\xa9-1 \t\r\nX-Empty:\r\n\r\n"
-    connection.data_received(head)
-    response = direct.DirectResponse(cast("Any", None), connection, await connection.head())
-    assert response.headers["x-request-id"] == "ré-1"
-    assert response.headers["X-Empty"] == ""
-    assert response.headers["content-type"] == "text/event-stream"
-    assert len(response.headers) == 4
+    connection, _, _ = waiting()
+    seen: list[Mapping[str, str]] = []
+    receiver = Receiver(AnswerReader(Recording()), seen.append)
+    connection.begin(receiver)
+    connection.data_received(HEAD[:-2] + b"X-Request-Id:  r\xc3\xa9-1 \t\r\nX-Empty:\r\n\r\n")
+    for headers in (*seen, receiver.headers):
+        assert headers["x-request-id"] == "ré-1"
+        assert headers["X-Empty"] == ""
+        assert headers["content-type"] == "text/event-stream"
+        assert len(headers) == 4
+    assert len(seen) == 1
 
 
 async def test_what_comes_unasked_closes_the_connection(client: UpstreamClient, upstream: ScriptedUpstream) -> None:
@@ -383,8 +386,12 @@ class Idle(asyncio.Transport):
 
 class Taken:
     def __init__(self) -> None:
+        self.head = b""
         self.payload = b""
         self.woken = 0
+
+    def begin(self, head: bytes, fields: CIMultiDict[str]) -> None:
+        self.head = head
 
     def receive(self, payload: bytes) -> None:
         self.payload += payload
@@ -393,55 +400,51 @@ class Taken:
         self.woken += 1
 
 
-async def opened() -> tuple[DirectConnection, Idle]:
-    """A connection on which the head of an answer has come."""
-    connection, transport = DirectConnection(asyncio.get_running_loop()), Idle()
-    connection.connection_made(transport)
-    connection.begin()
-    connection.data_received(HEAD)
-    assert await connection.head() == HEAD
-    return connection, transport
-
-
-async def test_much_that_comes_before_anybody_takes_it_is_kept_and_the_network_read_no_further() -> None:
-    connection, transport = await opened()
+async def test_the_network_is_read_no_further_while_much_waits() -> None:
+    connection, taken, transport = waiting()
     pieces = [bytes([number]) * 1000 for number in range(100)]
-    for piece in pieces:
-        connection.data_received(framed(piece))
-    read_while_nobody_takes = transport.reading
-    taken = Taken()
-    connection.attach(taken)
+    connection.data_received(HEAD + b"".join(map(framed, pieces)))
+    assert len(taken.payload) < 100_000
+    read_meanwhile = transport.reading
     assert await until(lambda: len(taken.payload) == 100_000)
     assert taken.payload == b"".join(pieces)
-    assert (read_while_nobody_takes, transport.reading) == (False, True)
+    assert (read_meanwhile, transport.reading) == (False, True)
     connection.data_received(framed(b"more"))
     assert taken.payload.endswith(b"more")
 
 
-async def test_a_connection_that_breaks_before_anybody_takes_its_bytes_keeps_them() -> None:
-    connection, _ = await opened()
-    taken = Taken()
-    connection.data_received(framed(b"hello"))
-    connection.connection_lost(ConnectionResetError())
-    connection.attach(taken)
-    assert (taken.payload, taken.woken) == (b"hello", 1)
-    assert connection.exception() is not None
-    assert not connection.receiving
-
-
 async def test_a_connection_that_breaks_with_bytes_waiting_gives_them_first() -> None:
-    connection, _ = await opened()
-    taken = Taken()
-    connection.attach(taken)
-    connection.data_received(b"".join([framed(b"x" * 1000)] * 100))
+    connection, taken, _ = waiting()
+    connection.data_received(HEAD + b"".join([framed(b"x" * 1000)] * 100))
     assert len(taken.payload) < 100_000
     connection.connection_lost(ConnectionResetError())
     assert taken.payload == b"x" * 100_000
     assert taken.woken
     assert connection.exception() is not None
+    assert not connection.receiving
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert len(taken.payload) == 100_000
+
+
+@pytest.mark.parametrize("come", [b"", HEAD[:30], HEAD])
+async def test_who_waits_hears_of_a_connection_that_breaks(come: bytes) -> None:
+    connection, taken, _ = waiting()
+    if come:
+        connection.data_received(come)
+    assert taken.woken == 0
+    connection.connection_lost(None)
+    assert taken.woken > 0
+    assert not connection.receiving
+
+
+async def test_who_is_detached_is_handed_nothing_more() -> None:
+    connection, taken, _ = waiting()
+    connection.data_received(HEAD + framed(b"hello"))
+    connection.detach(taken)
+    connection.data_received(framed(b"you"))
+    connection.connection_lost(ConnectionResetError())
+    assert (taken.payload, taken.woken) == (b"hello", 0)
 
 
 @pytest.mark.parametrize("how", ["close", "reset"])
