@@ -407,7 +407,10 @@ class DirectRequest(aiohttp.ClientRequest):
             elif not protocol.usual:
                 raise protocol.exception() or aiohttp.ServerDisconnectedError
         except BaseException:
-            connection.release()  # which closes one that has more to come
+            if receiver.head:
+                connection.release()  # which closes one that has more to come
+            else:
+                connection.close()  # aiohttp may hold the half of a head
             raise
         finally:
             protocol.detach(receiver)

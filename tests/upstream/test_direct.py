@@ -310,6 +310,30 @@ async def test_a_head_keeps_its_fields() -> None:
     assert len(seen) == 1
 
 
+async def test_a_connection_left_with_half_a_head_is_not_used_again(
+    client: UpstreamClient, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asked leaves in the instant in which aiohttp is given it; the rest would be the next question's answer."""
+    leave_to_aiohttp = DirectConnection._leave_to_aiohttp
+
+    def leaving(connection: DirectConnection, data: bytes) -> None:
+        leave_to_aiohttp(connection, data)
+        asking.cancel()
+
+    async def script(call: Call) -> None:
+        await call.send(b"HTTP/1.0 500 Oh\r\nContent-")
+        await call.gone()
+
+    monkeypatch.setattr(DirectConnection, "_leave_to_aiohttp", leaving)
+    upstream.script = script
+    asking = asyncio.create_task(ask(client, upstream))
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    upstream.script = answer(["other"])
+    assert (await ask(client, upstream)).texts == ["other"]
+    assert upstream.connections == 2
+
+
 async def test_what_comes_unasked_closes_the_connection(client: UpstreamClient, upstream: ScriptedUpstream) -> None:
     """It would be taken for the next question's answer."""
     await ask(client, upstream)
