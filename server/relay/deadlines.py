@@ -19,8 +19,8 @@ _Item = TypeVar("_Item", bound=Hashable)
 class Deadlines(Generic[_Item]):
     """Calls ``expired`` with each item when ``length`` (s, perhaps infinite) has gone by since it was added.
 
-    A timer of the loop for each would cost half a kilobyte, and as much time as a token. Here the first to come is the
-    first to go, so one timer sleeps until then. ``clock`` gives seconds as the loop's own does.
+    A timer of the loop for each would cost half a kilobyte. Here the first to come is the first to go, so one timer
+    sleeps until then. ``clock`` gives seconds as the loop's own does.
     """
 
     def __init__(

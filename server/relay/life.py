@@ -65,18 +65,7 @@ class Life:
     ended and one that has ended is to be forgotten: both are the owner's to do, as it holds what they concern.
     """
 
-    __slots__ = (
-        "_clock",
-        "_grace",
-        "_kept_until",
-        "_return_until",
-        "_window",
-        "due_at",
-        "outcome",
-        "running",
-        "state",
-        "viewers",
-    )
+    __slots__ = ("_clock", "_grace", "_kept_until", "_return_until", "_window", "due_at", "outcome", "state", "viewers")
 
     def __init__(self, *, grace: float, window: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._grace = grace
@@ -85,10 +74,13 @@ class Life:
         self._return_until = -math.inf  # until then one of those who dropped may be back
         self._kept_until = -math.inf
         self.state = State.AWAITED
-        self.running = True
         self.outcome: Outcome | None = None
         self.viewers = 0
         self.due_at: float | None = clock() + (grace or _FIRST_VIEWER)  # s of the clock; None while it is viewed
+
+    @property
+    def running(self) -> bool:
+        return self.outcome is None
 
     @property
     def overdue(self) -> bool:
@@ -120,7 +112,6 @@ class Life:
     def end(self, outcome: Outcome) -> None:
         """It has ended, once and for all."""
         self._move(State.REPLAYED if self.viewers else State.KEPT)
-        self.running = False
         self.outcome = outcome
         self._kept_until = self._clock() + self._window
         self.due_at = None if self.viewers else self._kept_until

@@ -57,9 +57,10 @@ class KnownShapes:
         envelope = _ENVELOPE.match(template.before)
         if envelope is None:
             return
-        frame = template.before[envelope.end() :] + template.after
+        before, after = template.before[envelope.end() :], template.after
+        frame = before + after
         if len(frame) <= _MAX_BYTES and not _NAMES_MODEL.search(frame):
-            self._frame = (template.before[envelope.end() :], template.after, template.line_end)
+            self._frame = (before, after, template.line_end)
 
     def note(self, data: bytes, chunk: Chunk) -> None:
         """An event's ``data`` was decoded to ``chunk``."""
